@@ -1,0 +1,218 @@
+"""00_pretrain.py: before anything can be taught, text itself: what follows what, and 12+5=17.
+
+    loss = - sum_t log p(ids_t | ids_<t) / T
+
+The first stage: it alone builds the model and takes its tokenizer from the data. The first loss is
+ln V, where every token is equally likely.
+    torchrun --nproc_per_node=4 00_pretrain.py --n_layer 12 --n_embd 768 --n_head 12
+"""
+import argparse, math, os
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from model import (GPT, GPTConfig, LEAST, Log, all_sum, autocast, fail, inputs, interrupted,
+                   load_tokenizer, make_optimizers, ranks, read_tokens, restore, save,
+                   skip_if_done, split, wrap)
+
+# ---------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    data: str = "out/data/toy"
+    train: str = "train.bin"
+    val: str = "val.bin"
+    out: str = "out/toy"
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    block_size: int = 256       # the context of the model
+    position: str = "rope"      # "learned" with qk_norm 0 is GPT-2: slower to learn sums
+    norm: str = "layer"
+    mlp: str = "gelu"
+    bias: str = "all"
+    qk_norm: int = 1
+    tied: int = 1
+    window: int = 128           # tokens of text in a row
+    steps: int = 300
+    batch_size: int = 64        # rows a step, over all ranks
+    micro_batch: int = 64       # rows a rank holds at once
+    lr: float = 4e-3            # AdamW: embeddings, norms, biases
+    muon_lr: float = 0.03       # Muon: the blocks' matrices; 0 gives them to AdamW
+    warmup: int = 10
+    grad_clip: float = 1.0
+    eval_every: int = 100
+    save_every: int = 100
+    seed: int = 0
+    device: str = "auto"
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def windows(tokens, cfg, step):
+    """The (B, window + 1) ids of a step: a function of (seed, step), the same on every rank."""
+    high = len(tokens) - cfg.window
+    starts = np.random.default_rng([cfg.seed, step]).integers(0, high, cfg.batch_size)
+    return [tokens[i : i + cfg.window + 1].astype(np.int64) for i in starts]
+
+
+def collate(rows, device):
+    """Rows of ids -> ((B, window + 1),)."""
+    return (torch.tensor(np.stack(rows), device=device),)
+
+
+# ---------------------------------------------------------------------------- loss
+
+
+def pretrain_loss(logprobs):
+    """(B, T) -> sum over all tokens, their number, metrics."""
+    return -logprobs.sum(), logprobs.numel(), {}
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def main(cfg):
+    rank, world, device = start(cfg)
+    tokenizer = load_tokenizer(f"{cfg.data}/tokenizer.json")
+    train, val = (read_tokens(f"{cfg.data}/{name}", tokenizer) for name in (cfg.train, cfg.val))
+    if not 1 <= cfg.window <= cfg.block_size or len(val) <= cfg.window or len(train) <= cfg.window:
+        fail(f"--window {cfg.window} must fit --block_size {cfg.block_size} and both .bin files")
+    shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
+    vocab_size = -(-tokenizer.vocab_size // 64) * 64 if tokenizer.vocab_size > 1024 else \
+        tokenizer.vocab_size                           # large tables are faster at multiples of 64
+    model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).to(device)
+    ddp = wrap(model)
+    optimizers = make_optimizers([model], cfg.lr, cfg.muon_lr)
+    first, log = resume(cfg, {"model": model}, optimizers)
+
+    def objective(ids):
+        return pretrain_loss(ddp(ids[:, :-1], ids[:, 1:]))
+
+    for step in range(first, cfg.steps):
+        rows = windows(train, cfg, step)
+        batches = [collate(b, device) for b in split(rows[rank::world], cfg.micro_batch)]
+        metrics = update(cfg, step, ddp, optimizers, batches, objective)
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            metrics |= evaluate(cfg, model, val, rank, world, device)
+        log(step, **metrics)
+        keep(cfg, step + 1, {"model": model}, optimizers, tokenizer)
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(cfg, model, val, rank, world, device):
+    """Loss a token on the held-out text, in consecutive windows, sharded over ranks."""
+    starts = range(0, len(val) - cfg.window, cfg.window)[: 40 * cfg.micro_batch]
+    rows = [val[i : i + cfg.window + 1].astype(np.int64) for i in starts]
+    total = Counter(loss=0.0, count=0)
+    for part in split(rows[rank::world], cfg.micro_batch):
+        (ids,) = collate(part, device)
+        with autocast(device):
+            loss, count, _ = pretrain_loss(model(ids[:, :-1], ids[:, 1:]))
+        total.update(loss=float(loss), count=count)
+    total = all_sum(**total)
+    return {"val_loss": total["loss"] / total["count"]}
+
+
+# ---------------------------------------------------------------------------- frame
+# The same bytes in every stage: flags, ranks, one exact update, schedule, log, resume.
+
+NAME = Path(__file__).stem
+
+
+def cli(Config):
+    """Every field of Config is a --flag; --help prints the docstring above and the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
+                            metavar=repr(f.default))
+    return Config(**vars(parser.parse_args()))
+
+
+def start(cfg):
+    """Refuse what cannot be, then set up ranks, device and seed -> rank, world, device."""
+    rank, world, device = ranks(cfg.device)
+    for f in fields(cfg):
+        least = LEAST.get(f.name)
+        if least is not None and getattr(cfg, f.name) < least:
+            fail(f"--{f.name} must be at least {least}, not {getattr(cfg, f.name)}")
+    parts = world * getattr(cfg, "minibatches", 1)
+    if cfg.batch_size % parts:
+        fail(f"--batch_size {cfg.batch_size} is not divisible among {parts} ranks x minibatches")
+    torch.manual_seed(cfg.seed)            # the same on every rank: replicas and heads start equal
+    return rank, world, device
+
+
+def update(cfg, step, ddp, optimizers, batches, objective):
+    """One optimizer step. Gradients are summed over micro-batches and ranks and divided once, by
+    the count over all of them: exact for ragged completions, however they are split."""
+    world, total = int(os.environ.get("WORLD_SIZE", 1)), Counter()
+    for i, batch in enumerate(batches):
+        last = i + 1 == len(batches)       # DDP decides in forward whether backward reduces
+        with nullcontext() if last or world == 1 else ddp.no_sync():
+            with autocast(batch[0].device):
+                loss, count, metrics = objective(*batch)
+            loss.backward()
+        total.update({k: float(v) for k, v in dict(metrics, loss=loss.detach(), count=count).items()})
+    total = all_sum(**total)
+    count = max(total.pop("count"), 1)
+    weights = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
+    for p in weights:
+        p.grad.mul_(world / count)         # DDP averaged over the ranks: make it a sum again
+    norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip))
+    if not math.isfinite(total["loss"] + norm):
+        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing was "
+             f"updated and what {cfg.out} holds is intact. Lower --lr; then delete "
+             f"{cfg.out}/{NAME}.state.pt or choose another --out")
+    for opt in optimizers:
+        for g in opt.param_groups:
+            g["lr"] = g["peak"] * schedule(cfg, step)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    return {k: v / count for k, v in total.items()} | {"grad_norm": norm}
+
+
+def schedule(cfg, step):
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+
+
+def resume(cfg, modules, optimizers):
+    """-> (the first step to do, log). Continues this very configuration's unfinished run."""
+    record = {"config": asdict(cfg), "inputs": inputs}
+    skip_if_done(f"{cfg.out}/{NAME}.pt", record)
+    first = restore(f"{cfg.out}/{NAME}.state.pt", record, modules, optimizers)
+    return first, Log(f"{cfg.out}/{NAME}.jsonl", first, cfg)
+
+
+def keep(cfg, step, modules, optimizers, tokenizer, **extra):
+    """After `step` steps: the finished checkpoint, or from time to time what a resume needs."""
+    stop = interrupted()                   # Ctrl-C on any rank: all leave after the same step
+    parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
+                 gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
+    state = f"{cfg.out}/{NAME}.state.pt"
+    if os.environ.get("RANK", "0") == "0":
+        if step == cfg.steps:
+            save(f"{cfg.out}/{NAME}.pt", **parts, **extra)
+            Path(state).unlink(missing_ok=True)
+        elif stop or step % cfg.save_every == 0:
+            save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
+    if stop and step < cfg.steps:
+        fail(f"stopped after step {step}; the same command continues", 130)
+
+
+if __name__ == "__main__":
+    main(cli(Config))
