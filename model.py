@@ -637,7 +637,9 @@ def number(text):
     if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(/\d+)?", text):
         return None
     top, _, bottom = text.partition("/")
-    return Fraction(top) / int(bottom) if not bottom or int(bottom) else None if bottom else Fraction(top)
+    if bottom and not int(bottom):
+        return None
+    return Fraction(top) / int(bottom or 1)
 
 
 def verify(completion, answer):

@@ -1,0 +1,198 @@
+"""What the tests share: the stages as modules, a tiny world of data, a chain of tiny checkpoints."""
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+torch.set_num_threads(1)               # small tensors; and bits that do not depend on the machine
+
+import model as kernel  # noqa: E402
+
+# In the order in which each finds its inputs made; a stage that is not there yet is left out.
+STAGES = [name for name in ("00_pretrain", "01_sft", "02_cot", "03_dpo", "04_rlvr", "06_reward",
+                            "05_ppo") if (ROOT / f"{name}.py").exists()]
+ROLLOUTS = [name for name in STAGES if name in ("04_rlvr", "05_ppo")]
+LOSS = {"00_pretrain": "pretrain_loss", "01_sft": "sft_loss", "02_cot": "sft_loss",
+        "03_dpo": "dpo_loss", "04_rlvr": "grpo_loss", "05_ppo": "ppo_loss",
+        "06_reward": "reward_loss"}
+CHARS = "".join(sorted("abcdefghijklmnopqrstuvwxyz0123456789 \n+-*/=()?.,$<>|"))
+TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, window=24, steps=2, batch_size=8,
+            micro_batch=4, group_size=4, minibatches=2, epochs=1, max_new=12, eval_rows=4,
+            eval_every=1000, save_every=1000, warmup=1, device="cpu")
+
+
+def load_stage(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def config(stage, data, out, start, **changes):
+    """The stage's own Config at a tiny size; checkpoints that it starts from lie in `start`."""
+    values = {}
+    for f in fields(stage.Config):
+        if isinstance(f.default, str) and f.default.endswith(".pt"):
+            values[f.name] = f"{start}/{Path(f.default).name}"
+        elif f.name in TINY:
+            values[f.name] = TINY[f.name]
+    values |= dict(data=str(data), out=str(out))
+    known = {f.name for f in fields(stage.Config)}
+    return stage.Config(**values | {k: v for k, v in changes.items() if k in known})
+
+
+def flags(cfg):
+    return [part for f in fields(cfg) for part in (f"--{f.name}", str(getattr(cfg, f.name)))]
+
+
+def parity(text, answer):
+    """Stands in for the verifier where tiny models answer nothing right: rewards that vary."""
+    return float(sum(map(ord, text)) % 2)
+
+
+def run(stage, cfg):
+    """main(cfg) as a fresh process would run it."""
+    kernel.inputs.clear()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        stage.main(cfg)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def weights(path, part=None):
+    """A checkpoint's modules as one flat vector, in the dtype in which they were saved."""
+    parts = torch.load(path, weights_only=True)
+    names = [part] if part else sorted(k for k, v in parts.items() if isinstance(v, dict) and v
+                                       and all(torch.is_tensor(t) for t in v.values()))
+    assert "model" in names
+    return torch.cat([t.flatten() for name in names for t in parts[name].values()])
+
+
+def steps_of(path):
+    """The log without its first line, which is the config."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    assert list(lines[0]) == ["config"]
+    return lines[1:]
+
+
+def write_rows(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    """Nothing that a stage leaves in the process reaches the next test."""
+    handler = signal.getsignal(signal.SIGINT)
+    kernel.inputs.clear()
+    kernel.interrupt.seen = False
+    yield
+    signal.signal(signal.SIGINT, handler)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def double():
+    """Everything built in the test is float64, where two exact ways agree to 1e-12."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def stages():
+    return {name: load_stage(name) for name in STAGES}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder like out/data/toy, of sums so small that a test runs in a moment; ragged lengths."""
+    out, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    tokenizer = kernel.Tokenizer({"kind": "chars", "chars": CHARS})
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer.spec))
+
+    def problem():
+        a, b, c = (rng.randint(1, 30) for _ in "abc")
+        terms = [a, b] + [c] * rng.randint(0, 1)
+        return "+".join(map(str, terms)) + "=?", terms
+
+    def trace(terms, off=0):
+        said = f"{terms[0]}+{terms[1]}={terms[0] + terms[1]}"
+        return f"<think>{said}</think><answer>{sum(terms) + off}</answer>"
+
+    for split, n in (("train", 24), ("val", 9)):
+        text = [tokenizer.encode(f"{q[:-1]}{sum(t)}") + [tokenizer.end]
+                for q, t in (problem() for _ in range(12 * n))]
+        np.asarray(sum(text, []), np.uint16).tofile(out / f"{split}.bin")
+        made = [problem() for _ in range(n)]
+        write_rows(out / f"sft_{split}.jsonl", [
+            {"prompt": q, "completion": f"<answer>{sum(t)}</answer>"} for q, t in made])
+        write_rows(out / f"cot_{split}.jsonl", [
+            {"prompt": q, "completion": trace(t)} for q, t in made])
+        write_rows(out / f"pairs_{split}.jsonl", [
+            {"prompt": q, "chosen": trace(t), "rejected": trace(t, 100)} for q, t in made])
+        write_rows(out / f"rl_{split}.jsonl", [
+            {"prompt": q, "answer": str(sum(t))} for q, t in made])
+    return out
+
+
+@pytest.fixture(scope="session")
+def chain(stages, data, tmp_path_factory):
+    """A folder with the finished checkpoint of every stage, two tiny steps each."""
+    out = tmp_path_factory.mktemp("chain")
+    for stage in stages.values():
+        run(stage, config(stage, data, out, out))
+    return out
+
+
+@pytest.fixture
+def make(stages, data, chain, tmp_path):
+    """make("01_sft", steps=3) -> the stage and its Config, from the chain, into this test's folder."""
+    def make(name, **changes):
+        stage = stages[name]
+        return stage, config(stage, changes.pop("data", data), changes.pop("out", tmp_path / "out"),
+                             changes.pop("start", chain), **changes)
+    return make
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """A list that gets the flat gradient of every optimizer step, before clipping."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def record(params, *args, **kwargs):
+        params = list(params)
+        seen.append(torch.cat([p.grad.flatten() for p in params]))
+        return clip(params, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    return seen
+
+
+@pytest.fixture
+def refuses(capsys):
+    """refuses(f, "part", ...): f leaves with exit code 2 and one line that has all the parts."""
+    def refuses(f, *parts, code=2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            f()
+        err = capsys.readouterr().err
+        assert e.value.code == code, err
+        assert err.count("\n") == 1 and err.endswith("\n"), err
+        assert code == 130 or err.startswith("error: "), err
+        for part in parts:
+            assert str(part) in err, (part, err)
+        return err
+    return refuses

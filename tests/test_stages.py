@@ -1,0 +1,172 @@
+"""Every stage runs; the stages are one program with some bars exchanged, as their docstrings say."""
+import re
+
+import pytest
+import torch
+from conftest import LOSS, ROLLOUTS, ROOT, STAGES, parity, run, steps_of, weights
+
+BARS = ["config", "data", "loss", "training", "evaluation", "frame"]
+
+
+def bars(name):
+    """{bar: its text}; "" is what comes before the first bar."""
+    parts = re.split(r"^# -{60,} (\w+)$", (ROOT / f"{name}.py").read_text(), flags=re.MULTILINE)
+    assert len(parts[1::2]) == len(set(parts[1::2]))
+    return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2]))
+
+
+# ---------------------------------------------------------------------------- text
+
+@pytest.mark.parametrize("name", STAGES)
+def test_bars(name):
+    assert list(bars(name)) == ["", *BARS]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_frame_is_the_same(name):
+    assert bars(name)["frame"] == bars(STAGES[0])["frame"]
+
+
+@pytest.mark.parametrize("name", STAGES[1:])
+def test_bars_that_differ(name):
+    """The docstring says against which stage, and exactly which bars differ."""
+    doc = " ".join(bars(name)[""].split('"""')[1].split())
+    found = re.search(r"Against (\w+)\.py:.*?the bars? that differs?: ([a-z, ]+)\.", doc)
+    assert found, doc
+    claimed = found[2].replace(" and ", ", ").split(", ")
+    mine, other = bars(name), bars(found[1])
+    assert claimed == [bar for bar in BARS if mine[bar] != other[bar]]
+
+
+def test_sft_and_cot_are_one_program():
+    """Only data change: apart from the docstring and three values of the config, equal bytes."""
+    sft, cot = bars("01_sft"), bars("02_cot")
+    assert sft[""].split('"""')[2] == cot[""].split('"""')[2]
+    assert {bar for bar in BARS if sft[bar] != cot[bar]} == {"config"}
+    a, b = sft["config"].splitlines(), cot["config"].splitlines()
+    assert len(a) == len(b)
+    changed = [line.split(":")[0].strip() for line, new in zip(a, b) if line != new]
+    assert changed == ["init", "train", "val"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_form(name):
+    """One name under __main__, lines of at most 100 columns, and the docstring names the file."""
+    text = (ROOT / f"{name}.py").read_text()
+    assert text.startswith(f'"""{name}.py: ') and text.endswith("    main(cli(Config))\n")
+    assert max(map(len, text.splitlines())) <= 100
+
+
+# ---------------------------------------------------------------------------- runs
+
+@pytest.mark.parametrize("name", STAGES)
+def test_two_steps(name, make, chain, tmp_path):
+    """A checkpoint that the next stage can read, a log line a step, and nothing left over."""
+    stage, cfg = make(name)
+    run(stage, cfg)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{name}.jsonl", f"{name}.pt"]
+    log = steps_of(tmp_path / f"out/{name}.jsonl")
+    assert [line["step"] for line in log] == [0, 1]
+    for line in log:
+        assert all(isinstance(v, int | float) and v == v for v in line.values()), line
+        assert {"loss", "grad_norm"} <= set(line)
+    assert len(log[1]) > len(log[0])                       # the last step evaluates
+    parts = torch.load(tmp_path / f"out/{name}.pt", weights_only=True)
+    assert parts["record"]["config"]["steps"] == 2
+    used = {p.split("/")[-1] for p in parts["record"]["inputs"]}
+    assert {cfg.train.split("/")[-1], cfg.val.split("/")[-1]} <= used
+    # The same flags give the same bits.
+    assert torch.equal(weights(tmp_path / f"out/{name}.pt"), weights(chain / f"{name}.pt"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_training_moves_the_weights(name, make, tmp_path, stages, monkeypatch):
+    if name in ROLLOUTS:
+        monkeypatch.setattr(stages[name], "verify", parity, raising=False)
+    stage, cfg = make(name, steps=1)
+    run(stage, cfg)
+    if hasattr(cfg, "init"):
+        assert not torch.equal(weights(f"{tmp_path}/out/{name}.pt", "model"),
+                               weights(cfg.init, "model"))
+    assert steps_of(tmp_path / f"out/{name}.jsonl")[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", [s for s in STAGES if s in ("00_pretrain", "01_sft", "03_dpo",
+                                                             "06_reward")])
+def test_training_lowers_the_loss(name, make, tmp_path):
+    stage, cfg = make(name, steps=30, lr=5e-3, batch_size=12)
+    run(stage, cfg)
+    loss = [line["loss"] for line in steps_of(tmp_path / f"out/{name}.jsonl")]
+    assert sum(loss[-3:]) / 3 < loss[0] - 0.1, loss
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_micro_batches(name, make, tmp_path, gradients, stages, monkeypatch, double):
+    """How a batch is split changes nothing, though its completions have different lengths."""
+    if name in ROLLOUTS:
+        monkeypatch.setattr(stages[name], "verify", parity, raising=False)
+    for size in (2, 3, 8):
+        run(*make(name, steps=1, micro_batch=size, out=tmp_path / str(size)))
+    n = len(gradients) // 3
+    for i in range(n):
+        whole = gradients[2 * n + i]
+        assert whole.norm() > 0
+        for part in (gradients[i], gradients[n + i]):
+            assert (part - whole).norm() <= 1e-9 * whole.norm()
+    first = [steps_of(tmp_path / f"{size}/{name}.jsonl")[0] for size in (2, 8)]
+    assert first[0] == pytest.approx(first[1], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_first_ratio_is_one(name, make, stages, monkeypatch):
+    """Before the first update, log-probs and old log-probs are the same bits, also where the
+    micro-batches pad differently; afterwards they are not. The sampler agrees with them."""
+    stage, seen, samples = stages[name], [], []
+    loss, generate = getattr(stage, LOSS[name]), stage.generate
+
+    def spy_loss(logprobs, old_logprobs, *rest):
+        seen.append((logprobs.detach().clone(), old_logprobs))
+        return loss(logprobs, old_logprobs, *rest)
+
+    def spy_generate(*args, **kwargs):
+        samples.append(generate(*args, **kwargs))
+        return samples[-1]
+
+    monkeypatch.setattr(stage, LOSS[name], spy_loss)
+    monkeypatch.setattr(stage, "generate", spy_generate)
+    monkeypatch.setattr(stage, "verify", parity, raising=False)
+    run(*make(name, steps=1, micro_batch=4, temperature=0.7, lr=1e-2))
+    first = 8 * 4 // 2 // 4                                 # micro-batches of the first update
+    for logprobs, old in seen[:first]:
+        assert logprobs.any() and torch.equal(logprobs, old)
+    assert not any(torch.equal(logprobs, old) for logprobs, old in seen[first:])
+    sampled = samples[0][1][:first * 4]
+    rows = [row for _, old in seen[:first] for row in old]
+    for logprobs, row in zip(sampled, rows):
+        row = row[row != 0][:len(logprobs)]
+        assert torch.allclose(row, torch.tensor(logprobs), atol=1e-4)
+
+
+def test_rollout_of_04(stages, make, data, monkeypatch):
+    """Each completion is judged by its own prompt's answer; <|end|> is in the mask."""
+    stage, cfg = make("04_rlvr", group_size=2)
+    tok = stage.load(cfg.init)[1]
+    right = [tok.encode_completion(t) + [tok.end] for t in
+             ("<answer>7</answer>", "<answer>9</answer>", "<answer>8</answer>")]
+    cut = tok.encode_completion("<answer>8</answer>")       # right but for the <|end|>
+    said = [right[0], right[1], cut, right[2]]
+
+    def generate(model, prompts, max_new, end, temperature, seed, step, rows):
+        assert rows == [2, 3, 6, 7]                         # rank 1 of 2 has prompts 1 and 3
+        assert end == tok.end and prompts[0] == prompts[1] and prompts[2] == prompts[3]
+        return said, [[-1.0] * len(c) for c in said]
+
+    monkeypatch.setattr(stage, "generate", generate)
+    prompts = [(tok.prompt("3+4=?"), "7"), (tok.prompt("3+5=?"), "8")]
+    rollouts, rewards, metrics = stage.rollout(cfg, None, tok, prompts, 0, 1, 2)
+    assert rewards.tolist() == [[1, 0], [0, 1]]
+    for (ids, mask), completion, at in zip(rollouts, said, (0, 0, 1, 1)):
+        prompt = prompts[at][0]
+        assert ids == prompt + completion
+        assert mask == [0] * len(prompt) + [1] * len(completion)
+    assert metrics["reward"] == 0.5 and metrics["truncated"] == 0.25 and metrics["unparsed"] == 0
