@@ -1,18 +1,16 @@
-"""eval.py: the same held-out questions for every stage; every figure with its n and 95 % interval.
+"""eval.py: the same held-out questions for every stage, every figure with its n and 95 % interval.
 
     python eval.py                                          # all of out/toy, 2-3 minutes on 2 cores
-    python eval.py out/mine/04_rlvr.pt --n_sampled 1000
     torchrun --nproc_per_node=4 eval.py --out out/gsm8k --data out/data/gsm8k --max_new 400
 
-Prints three tables; writes results.json and four plots into --out. What a stage gets goes by the
-first two characters of its file's name: 00 has no template to follow, 01 no traces to sample,
-06 is a reward model. Intervals: Wilson's for shares; normal for means, over questions (not over
-samples, which share a question) or over windows of text. A paired difference is over the
-questions that both stages were asked.
+Writes results.json and four plots into --out. A file's first two characters say what it gets: 00
+knows no template, 01 no traces, 06 is a reward model. Intervals: Wilson's for shares, normal for
+means, over questions (the samples of one belong together), windows of text or pairs.
 """
-import argparse, json, math, os, re, time
-from collections import Counter, defaultdict
+import argparse, json, math, os, re, signal, time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,146 +27,34 @@ CAREFUL = re.compile(r"\d+[-+*/]\d+=\d+")
 
 def share(hits):
     """0s and 1s -> mean and Wilson's interval, which never leaves [0, 1]."""
-    n, p, z2 = len(hits), float(np.mean(hits)) if len(hits) else math.nan, 1.96 ** 2
-    if not n:
+    if not len(hits):
         return None
+    n, p, z2 = len(hits), float(np.mean(hits)), 1.96 ** 2
     middle = (p + z2 / 2 / n) / (1 + z2 / n)
     half = 1.96 * math.sqrt(p * (1 - p) / n + z2 / 4 / n ** 2) / (1 + z2 / n)
     return {"mean": p, "n": n, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
 
 
-def ratio(sums, counts=None):
-    """sum(sums) / sum(counts) over independent units; without counts the mean. Normal interval by
-    the delta method: a unit with a large count weighs more."""
-    sums = np.asarray(sums, float)
-    counts = np.ones(len(sums)) if counts is None else np.asarray(counts, float)
-    if not len(sums) or not counts.sum():
+def ratio(sums, counts=1.0):
+    """sum(sums) / sum(counts) over independent units; the interval by the delta method."""
+    sums, counts = np.asarray(sums, float), np.broadcast_to(counts, len(sums)).astype(float)
+    if not counts.sum():
         return None
-    n, mean = len(sums), sums.sum() / counts.sum()
-    half = 1.96 * np.std((sums - mean * counts) / counts.mean(), ddof=n > 1) / math.sqrt(n)
-    return {"mean": float(mean), "n": n, "low": float(mean - half), "high": float(mean + half)}
+    n, mean = len(sums), float(sums.sum() / counts.sum())
+    half = 1.96 * float(np.std((sums - mean * counts) / counts.mean())) / math.sqrt(n)
+    return {"mean": mean, "n": n, "low": mean - half, "high": mean + half}
 
 
 def pass_at_k(n, right, k):
-    """The chance that k of n samples hold a right one (Chen et al. 2021, eq. 1), unbiased."""
+    """The chance that k of n samples hold a right one, unbiased (Chen et al. 2021, eq. 1)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(texts, answer):
-    """1 if the most frequent answer is right; ties go to the one said first."""
+    """1 if the most frequent answer is right; a tie goes to the one said first."""
     said = [parse(t)[1] for t in texts if parse(t)]
-    votes = Counter(number(s) if number(s) is not None else s for s in said)
-    best = votes.most_common(1)[0][0] if votes else ""
-    return verify(f"<answer>{best}</answer><|end|>", answer) or 0.0
-
-
-def grams(train, ids, V, order):
-    """Bits of each id but the first under an interpolated model of order-grams, fitted on `train`:
-    p(c | h) = (count(hc) + kinds(h) p(c | h')) / (count(h) + kinds(h))        Witten & Bell 1991
-    """
-    def codes(x, k):                       # k successive ids as one integer
-        return sum(x[j : len(x) - k + 1 + j].astype(np.int64) * V ** (k - 1 - j) for j in range(k))
-
-    p = np.full(len(ids), 1 / V)
-    for k in range(1, order + 1):
-        seen, count = np.unique(codes(train, k), return_counts=True)
-        heads, first, kinds = np.unique(seen // V, return_index=True, return_counts=True)
-        total = np.add.reduceat(count, first)
-        asked = codes(ids, k)
-        at = np.searchsorted(seen, asked).clip(max=len(seen) - 1)
-        hit = np.where(seen[at] == asked, count[at], 0)
-        at = np.searchsorted(heads, asked // V).clip(max=len(heads) - 1)
-        known = heads[at] == asked // V    # else nothing is learnt from this order
-        kind, whole = np.where(known, kinds[at], 1), np.where(known, total[at], 0)
-        p[k - 1:] = (hit + kind * p[k - 1:]) / (whole + kind)
-    return -np.log2(p[1:])
-
-
-# ---------------------------------------------------------------------------- questions
-
-
-def gather(args, part):
-    """This rank's list, rows rank::world -> the list of all rows, on every rank."""
-    if args.world == 1:
-        return part
-    parts = [None] * args.world
-    dist.all_gather_object(parts, part)
-    return [parts[i % args.world][i // args.world] for i in range(sum(map(len, parts)))]
-
-
-def questions(args, tokenizer, model, name):
-    path = f"{args.data}/{name}"
-    rows = [dict(row, id=i) for i, row in enumerate(read_rows(path, "prompt", "answer|completion"))]
-    kept = encode_rows(rows, path, lambda row: [(tokenizer.prompt(row["prompt"], "<answer>"), row)],
-                       model.cfg.block_size - 1)
-    return [row for [(_, row)] in kept]
-
-
-def first(rows, n, least=0):
-    """The first n rows of each number of steps; without `steps` all rows are one group."""
-    count, picked = Counter(), []
-    for row in rows:
-        count[row.get("steps")] += 1
-        if count[row.get("steps")] <= n and row.get("steps", least) >= least:
-            picked.append(row)
-    return picked
-
-
-def ask(args, model, tokenizer, rows, primer="", temperature=0.0, samples=1):
-    """-> for each row its samples [(text with primer, ids, logprobs)]. A group shares a prefill."""
-    part = rows[args.rank::args.world]
-    prompts = [tokenizer.prompt(row["prompt"], primer) for row in part for _ in range(samples)]
-    numbers = [row["id"] * samples + s for row in part for s in range(samples)]
-    done = generate(model, prompts, args.max_new, tokenizer.end, temperature, args.seed,
-                    rows=numbers, slots=256) if part else ([], [])
-    said = [(primer + tokenizer.decode(ids), ids, logprobs) for ids, logprobs in zip(*done)]
-    return gather(args, split(said, samples))
-
-
-# ---------------------------------------------------------------------------- parts of a report
-# Each takes (args, stage) and returns figures; stage.right keeps per-question values for pairing.
-
-
-def greedy(args, stage, mode, n):
-    rows = first(stage.rows, n)
-    said = [s for s, in ask(args, stage.model, stage.tokenizer, rows, PRIMERS[mode])]
-    scores = [verify(text, row["answer"]) for (text, _, _), row in zip(said, rows)]
-    groups = defaultdict(list)
-    for row, score in zip(rows, scores):
-        groups[row.get("steps", "all")].append(score or 0.0)
-    held = [i for i, row in enumerate(rows) if not row.get("seen")]
-    stage.right[f"greedy {mode}"] = {rows[i]["id"]: scores[i] or 0.0 for i in held}
-    figures = {"accuracy": share([scores[i] or 0.0 for i in held]),
-               "by_steps": {str(k): share(groups[k]) for k in sorted(groups)}}
-    if mode == "free":
-        figures |= {"format": share([score is not None for score in scores]),
-                    "stops": share([ids[-1] == stage.tokenizer.end for _, ids, _ in said]),
-                    "length": ratio([len(said[i][1]) for i in held])}
-    return {mode: figures}
-
-
-def sampled(args, stage):
-    """pass@1, pass@k, maj@k, careful traces and the KL to the start, all from the same samples."""
-    rows = first(stage.rows, -(-args.n_sampled // len({r.get("steps") for r in stage.held})), 2)
-    said = ask(args, stage.model, stage.tokenizer, rows, "<think>", 1.0, args.samples)
-    scores = [[verify(t, row["answer"]) or 0.0 for t, _, _ in group] for group, row in zip(said, rows)]
-    k, means = args.samples, [float(np.mean(s)) for s in scores]
-    stage.right["pass@1"] = {row["id"]: m for row, m in zip(rows, means)}
-    figures = {"pass@1": ratio(means), "samples": k,
-               f"pass@{k}": ratio([pass_at_k(k, int(sum(s)), k) for s in scores]),
-               f"maj@{k}": share([majority([t for t, _, _ in g], r["answer"])
-                                  for g, r in zip(said, rows)]),
-               "length": ratio([np.mean([len(ids) for _, ids, _ in g]) for g in said])}
-    if "steps" in rows[0]:
-        care = [[careful(t, row["steps"]) for t, _, _ in g] for g, row in zip(said, rows)]
-        right = [[a * b for a, b in zip(*pair)] for pair in zip(care, scores)]
-        other = [[(1 - a) * b for a, b in zip(*pair)] for pair in zip(care, scores)]
-        n = np.array([sum(c) for c in care])
-        figures |= {"careful": ratio(n / k), "right_careful": ratio([sum(r) for r in right], n),
-                    "right_other": ratio([sum(o) for o in other], k - n)}
-    if stage.start is not None:
-        figures |= drift(args, stage, rows, said)
-    return {"sampled": figures}
+    votes = Counter(s if number(s) is None else number(s) for s in said).most_common(1)
+    return float(bool(votes) and verify(f"<answer>{votes[0][0]}</answer><|end|>", answer) == 1)
 
 
 def careful(text, steps):
@@ -177,24 +63,78 @@ def careful(text, steps):
     return len(lines) == steps and all(CAREFUL.fullmatch(line) for line in lines)
 
 
-def drift(args, stage, rows, said):
-    """KL(stage || its start), from the stage's own samples: the mean of log p - log p_start."""
-    part = list(zip(rows, said))[args.rank::args.world]
-    gaps = []
-    for few in split(part, 16):
-        given = [stage.tokenizer.prompt(row["prompt"], "<think>") for row, _ in few]
-        pairs = [(p, ids) for p, (_, group) in zip(given, few) for _, ids, _ in group]
-        logprobs = [sum(x) for _, group in few for _, _, x in group]
-        sums = logprob_sums(stage.start, pairs)
-        gaps += [sum(g) for g in split([a - b for a, b in zip(logprobs, sums)], args.samples)]
-    gaps, lengths = gather(args, gaps), [sum(len(ids) for _, ids, _ in g) for g in said]
-    return {"kl_token": ratio(gaps, lengths),
-            "kl_completion": ratio([g / args.samples for g in gaps])}
+def grouped(keys, values):
+    groups = {key: [] for key in sorted(set(keys), key=str)}
+    for key, value in zip(keys, values):
+        groups[key].append(value)
+    return groups
+
+
+def gram_bits(train, ids, V, order=5):
+    """Bits of each id but the first, interpolated from runs of 1..order ids (Witten & Bell 1991):
+    p(c | h) = (count(hc) + kinds(h) p(c | h shortened)) / (count(h) + kinds(h))"""
+    p = np.full(len(ids), 1 / V)
+    for k in range(1, order + 1):          # k ids in a row are one integer
+        code = lambda x: sum(x[j : len(x) - k + 1 + j].astype(np.int64) * V ** (k - 1 - j)
+                             for j in range(k))
+        seen, count = np.unique(code(train), return_counts=True)
+        heads, begin, kinds = np.unique(seen // V, return_index=True, return_counts=True)
+        asked, total = code(ids), np.add.reduceat(count, begin)
+        i, h = (np.searchsorted(table, x).clip(max=len(table) - 1)
+                for table, x in ((seen, asked), (heads, asked // V)))
+        known = heads[h] == asked // V     # else this order adds nothing: (0 + 1 p) / (0 + 1)
+        kind = np.where(known, kinds[h], 1)
+        p[k - 1:] = np.where(seen[i] == asked, count[i], 0) + kind * p[k - 1:]
+        p[k - 1:] /= np.where(known, total[h], 0) + kind
+    return -np.log2(p[1:])
+
+
+# ---------------------------------------------------------------------------- asking
+
+
+def gather(args, part):
+    """This rank's items rank::world -> all items, in order, on every rank."""
+    parts = [part] * args.world
+    if args.world > 1:
+        dist.all_gather_object(parts, part)
+    return [parts[i % args.world][i // args.world] for i in range(sum(map(len, parts)))]
+
+
+def questions(args, model, tokenizer, name, key):
+    path = f"{args.data}/{name}"
+    rows = [dict(row, id=i) for i, row in enumerate(read_rows(path, "prompt", key))]
+    kept = encode_rows(rows, path, lambda row: [(tokenizer.prompt(row["prompt"], "<think>"), row)],
+                       model.cfg.block_size - 1)
+    return [row for [(_, row)] in kept]
+
+
+def first(rows, n):
+    """The first n rows of each number of steps; rows without `steps` are one group."""
+    groups = grouped([row.get("steps") for row in rows], rows)
+    return [row for group in groups.values() for row in group[:n]]
+
+
+def ask(args, stage, rows, primer="", temperature=0.0, samples=1):
+    """-> [[(primer + text, ids, log p - log p_start)] * samples] of each row."""
+    part = rows[args.rank::args.world]
+    prompts = [stage.tokenizer.prompt(row["prompt"], primer) for row in part]
+    prompts = [p for p in prompts for _ in range(samples)]
+    numbers = [row["id"] * samples + s for row in part for s in range(samples)]
+    completions, logprobs = generate(
+        stage.model, prompts, args.max_new, stage.tokenizer.end, temperature, args.seed,
+        rows=numbers, slots=256) if part else ([], [])
+    gaps = [0.0] * len(prompts)
+    if temperature and stage.init:
+        pairs = split(list(zip(prompts, completions)), 64)
+        start = [total for few in pairs for total in log_prob(stage.init, few)]
+        gaps = [sum(x) - y for x, y in zip(logprobs, start)]
+    texts = [primer + stage.tokenizer.decode(c) for c in completions]
+    return gather(args, split(list(zip(texts, completions, gaps)), samples))
 
 
 @torch.no_grad()
-def logprob_sums(model, pairs):
-    """[(prompt, completion)] -> log p(completion | prompt) of each."""
+def log_prob(model, pairs):
+    """[(prompt, completion)] -> log p(completion | prompt)."""
     device = model.embed.weight.device
     mask = pad([[0] * len(p) + [1] * len(c) for p, c in pairs], device)
     ids, targets, mask = shift(pad([p + c for p, c in pairs], device), mask)
@@ -202,78 +142,290 @@ def logprob_sums(model, pairs):
         return (model(ids, targets) * mask).sum(1).tolist()
 
 
-@torch.no_grad()
-def scores_of(stage, pairs):
-    """What the stage thinks of completions: a reward model's score, or log p - log p_start."""
-    if stage.name[:2] != "06":
-        now, start = logprob_sums(stage.model, pairs), logprob_sums(stage.start, pairs)
-        return [a - b for a, b in zip(now, start)]
-    ids = pad([p + c for p, c in pairs], stage.model.embed.weight.device)
-    last = [len(p) + len(c) - 1 for p, c in pairs]
-    hidden = stage.model.forward_hidden(ids)[torch.arange(len(pairs)), last]
-    head = stage.parts["head"]
-    return (hidden @ head["weight"].T + head["bias"])[:, 0].tolist()
+# ---------------------------------------------------------------------------- parts of the report
+# Each returns {name: figure}; stage.right keeps the values of single questions, for pairing.
+
+
+def greedy(args, stage, mode, n):
+    rows = first(stage.rows, n)
+    said = [s for s, in ask(args, stage, rows, PRIMERS[mode])]
+    right = [verify(text, row["answer"]) for (text, _, _), row in zip(said, rows)]
+    held = [i for i, row in enumerate(rows) if not row.get("seen")]
+    stage.right[mode] = {rows[i]["id"]: right[i] or 0.0 for i in held}
+    out = {mode: share(list(stage.right[mode].values()))}
+    for steps, hits in grouped([row.get("steps") for row in rows], right).items():
+        out[f"{mode}, steps {steps}"] = share([h or 0.0 for h in hits])
+    if mode == "free":
+        out |= {"format": share([r is not None for r in right]),
+                "stops": share([ids[-1] == stage.tokenizer.end for _, ids, _ in said]),
+                "length": ratio([len(said[i][1]) for i in held])}
+    return out
+
+
+def sampled(args, stage):
+    """pass@k, maj@k, careful traces and the KL to the start: all from the same samples."""
+    k, rows = args.samples, [row for row in stage.rows if not row.get("seen")]
+    rows = first(rows, -(-args.n_sampled // len({row.get("steps") for row in rows})))
+    said = ask(args, stage, rows, "<think>", 1.0, k)
+    right = np.array([[verify(t, row["answer"]) == 1 for t, _, _ in g]
+                      for row, g in zip(rows, said)])
+    lengths, gaps = (np.array([[f(s) for s in g] for g in said])
+                     for f in (lambda s: len(s[1]), lambda s: s[2]))
+    votes = [majority([t for t, _, _ in g], row["answer"]) for row, g in zip(rows, said)]
+    stage.right["pass@1"] = {row["id"]: hits.mean() for row, hits in zip(rows, right)}
+    out = {"pass@1": ratio(right.mean(1)), "maj@k": share(votes),
+           "pass@k": ratio([pass_at_k(k, int(hits.sum()), k) for hits in right]),
+           "sampled length": ratio(lengths.mean(1))}
+    if stage.init:
+        out |= {"KL/token": ratio(gaps.sum(1), lengths.sum(1)), "KL": ratio(gaps.mean(1))}
+    if "steps" in rows[0]:
+        care = np.array([[careful(t, row["steps"]) for t, _, _ in g] for row, g in zip(rows, said)])
+        out |= {"careful": ratio(care.mean(1)),
+                "right if careful": ratio((right & care).sum(1), care.sum(1)),
+                "right if not": ratio((right & ~care).sum(1), (~care).sum(1))}
+    return out
 
 
 def preferences(args, stage):
-    """How often, and by how much, the chosen completion is scored above the rejected one."""
-    path, tokenizer = f"{args.data}/pairs_test.jsonl", stage.tokenizer
+    """How often, and by how much, the chosen completion scores above the rejected one. The score:
+    a reward model's, else log p - log p_start, DPO's implicit reward (without its beta)."""
+    path, tok = f"{args.data}/pairs_test.jsonl", stage.tokenizer
 
     def encode(row):
-        prompt = tokenizer.prompt(row["prompt"])
-        text = lambda v: v if isinstance(v, str) else v[-1]["content"]
-        whole = [prompt + tokenizer.encode_completion(text(row[k])) + [tokenizer.end]
-                 for k in ("chosen", "rejected")]
-        return [(ids, (len(prompt), row.get("kind", "all"))) for ids in whole]
+        p, sides = tok.prompt(row["prompt"]), [row["chosen"], row["rejected"]]
+        texts = [s if isinstance(s, str) else s[-1]["content"] for s in sides]
+        return [(p + tok.encode_completion(text) + [tok.end], (len(p), row.get("kind", "other")))
+                for text in texts]
+
+    def score(pairs):
+        if stage.name[:2] != "06":
+            return [a - b for a, b in zip(log_prob(stage.model, pairs), log_prob(stage.init, pairs))]
+        with torch.no_grad():
+            hidden = stage.model.forward_hidden(pad([p + c for p, c in pairs], args.device))
+        last, head = [len(p) + len(c) - 1 for p, c in pairs], stage.parts["head"]
+        return (hidden[range(len(pairs)), last] @ head["weight"][0] + head["bias"]).tolist()
 
     pairs = encode_rows(read_rows(path, "prompt", "chosen", "rejected"), path, encode,
                         stage.model.cfg.block_size)
-    pairs.sort(key=lambda pair: max(len(ids) for ids, _ in pair))      # less padding
+    pairs.sort(key=lambda pair: len(pair[0][0]))               # less padding
     margins = []
     for few in split(pairs[args.rank::args.world], 32):
-        scores = scores_of(stage, [(ids[:n], ids[n:]) for pair in few for ids, (n, _) in pair])
+        scores = score([(ids[:n], ids[n:]) for pair in few for ids, (n, _) in pair])
         margins += [a - b for a, b in split(scores, 2)]
-    kinds = defaultdict(list)
-    for margin, ((_, (_, kind)), _) in zip(gather(args, margins), pairs):
-        kinds[kind].append(margin)
-        kinds["all kinds"].append(margin)
-    return {"preferences": {kind: {"accuracy": share([m > 0 for m in kinds[kind]]),
-                                   "margin": ratio(kinds[kind])} for kind in sorted(kinds)}}
+    margins = gather(args, margins)
+    kinds = {"all": margins} | grouped([kind for (_, (_, kind)), _ in pairs], margins)
+    return ({f"prefers, {k}": share([x > 0 for x in kinds[k]]) for k in kinds}
+            | {f"margin, {k}": ratio(kinds[k]) for k in kinds})
 
 
 @torch.no_grad()
 def bits(args, stage):
-    """Bits a character on val.bin (a UTF-8 byte, if tokens are longer), in windows from the start;
-    for 00 beside a model that only counts."""
-    tokenizer, T = stage.tokenizer, min(args.window, stage.model.cfg.block_size)
-    ids = np.array(read_tokens(f"{args.data}/val.bin", tokenizer)[: args.val_tokens + 1])
-    starts, device = list(range(0, len(ids) - 1, T)), stage.model.embed.weight.device
+    """Bits a character on val.bin (a UTF-8 byte, if tokens are longer), window after window; for
+    00 also those of a model that only counts. A tag such as <|end|> counts as one character."""
+    tok, T = stage.tokenizer, min(args.window, stage.model.cfg.block_size)
+    ids = np.array(read_tokens(f"{args.data}/val.bin", tok)[: args.val_tokens])
+    windows = [ids[i : i + T + 1].tolist() for i in range(0, len(ids) - 1, T)]
     sums, sizes = [], []
-    for few in split(starts[args.rank::args.world], 32):
-        rows = [ids[i : i + T + 1].tolist() for i in few]
-        with autocast(device):
-            x = pad([r[:-1] for r in rows], device)
-            losses = -stage.model(x, pad([r[1:] for r in rows], device, -1)) / math.log(2)
-        sums += losses.sum(1).tolist()
-        for row in rows:                   # a tag, such as <|end|>, counts as one character
-            text = tokenizer.decode([i for i in row[1:] if i < tokenizer.base])
-            size = text if tokenizer.kind == "chars" else text.encode()
-            sizes.append(len(size) + sum(i >= tokenizer.base for i in row[1:]))
-    sums, sizes = gather(args, sums), gather(args, sizes)
-    figures = {"bits": ratio(sums, sizes)}
-    if stage.name[:2] == "00" and tokenizer.kind == "chars":
-        train = np.array(read_tokens(f"{args.data}/train.bin", tokenizer))
-        counted = grams(train, ids, tokenizer.vocab_size, 5)
-        figures["bits_5gram"] = ratio([counted[i : i + T].sum() for i in starts], sizes)
-    return figures
+    for few in split(windows[args.rank::args.world], 32):
+        x, y = pad([w[:-1] for w in few], args.device), pad([w[1:] for w in few], args.device, -1)
+        with autocast(args.device):
+            sums += (-stage.model(x, y).sum(1) / math.log(2)).tolist()
+    for w in windows:
+        text = tok.decode([i for i in w[1:] if i < tok.base])
+        sizes.append(len(text if tok.kind == "chars" else text.encode())
+                     + sum(i >= tok.base for i in w[1:]))
+    out = {"bits": ratio(gather(args, sums), sizes)}
+    if stage.name[:2] == "00" and tok.kind == "chars":
+        train = np.array(read_tokens(f"{args.data}/train.bin", tok))
+        counted = gram_bits(train, ids, tok.vocab_size)
+        out["bits of 5-grams"] = ratio([sum(c) for c in split(counted, T)], sizes)
+    return out
 
 
 def chat(args, stage):
     """Instructions of other kinds: the greedy answer must be the reference, to the letter."""
-    rows = questions(args, stage.tokenizer, stage.model, "chat_test.jsonl")
-    said = [s for s, in ask(args, stage.model, stage.tokenizer, rows)]
-    hits = [text == row["completion"] + "<|end|>" for (text, _, _), row in zip(said, rows)]
-    kinds = defaultdict(list)
-    for row, hit in zip(rows, hits):
-        kinds[row.get("kind", "all")].append(hit)
-    return {"chat": share(hits), "chat_by_kind": {k: share(kinds[k]) for k in sorted(kinds)}}
+    rows = questions(args, stage.model, stage.tokenizer, "chat_test.jsonl", "completion")
+    said = ask(args, stage, rows)
+    hits = [g[0][0] == row["completion"] + "<|end|>" for row, g in zip(rows, said)]
+    kinds = grouped([row.get("kind", "other") for row in rows], hits)
+    return {"chat": share(hits)} | {f"chat, {k}": share(kinds[k]) for k in kinds}
+
+
+# ---------------------------------------------------------------------------- the report
+
+
+def plan(args, name):
+    """[(what, rough seconds on the toy, part)] for the stage `name`."""
+    has = lambda file: os.path.isfile(f"{args.data}/{file}")
+    kind, few = name[:2], args.n_primed
+    n = {"00": min(args.n, 40), "02": args.n_many, "03": args.n_many}.get(kind, args.n)
+    jobs = [("bits", 4, bits, has("val.bin")), ("pairs", 14, preferences, has("pairs_test.jsonl"))]
+    for mode, count in (("free", n), ("answer", few), ("think", few)):
+        jobs.append((mode, 1 + count / 40, lambda a, s, m=mode, c=count: greedy(a, s, m, c), True))
+    jobs += [("sampled", args.n_sampled * args.samples / 120, sampled, True),
+             ("chat", 1, chat, has("chat_test.jsonl"))]
+    wanted = {"00": ["bits", "free"], "01": ["bits", "free", "answer", "think", "chat"],
+              "03": [job[0] for job in jobs], "06": ["pairs"]}
+    wanted = wanted.get(kind, [job[0] for job in jobs if job[0] != "pairs"])
+    return [job[:3] for job in jobs if job[0] in wanted and job[3]]
+
+
+def open_stage(args, path):
+    model, tokenizer, parts = load(path, args.device)
+    init = parts.get("record", {}).get("config", {}).get("init", "")
+    stage = SimpleNamespace(name=Path(path).stem, model=model.eval(), tokenizer=tokenizer,
+                            parts=parts, right={}, init=None)
+    if os.path.isfile(init):
+        stage.init = load(init, args.device)[0].eval()
+    if stage.name[:2] != "06":
+        stage.rows = questions(args, model, tokenizer, "rl_test.jsonl", "answer")
+    return stage
+
+
+def table(title, names, rows):
+    """rows: [(label, [figure or None])]; printed as mean ± half the interval, shares in %."""
+    def cell(f, name):
+        scale = 1 if re.match("length|sampled length|KL|bits|margin", name) else 100
+        digits = 3 if re.match("KL|bits", name) else 1
+        half = f and (f["high"] - f["low"]) / 2 * scale
+        return f"{f['mean'] * scale:.{digits}f} ±{half:.{digits}f}" if f else "-"
+
+    kept = [i for i in range(len(names)) if any(figures[i] for _, figures in rows)]
+    lines = [[title, *(names[i] for i in kept)]]
+    for label, figures in rows:
+        if any(figures):
+            lines.append([label, *(cell(figures[i], names[i]) for i in kept)])
+            ns = [f"n {figures[i]['n']}" if figures[i] else "" for i in kept]
+            lines.append(["", *ns])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print("\n" + "\n".join(line[0].ljust(widths[0]) + "".join(
+        "  " + c.rjust(w) for c, w in zip(line[1:], widths[1:])) for line in lines), flush=True)
+
+
+def report(args, results, right):
+    def show(title, names, labels={}):
+        table(title, names, [(s, [f.get(labels.get(n, n)) for n in names]) for s, f in results.items()])
+
+    k = args.samples
+    show("greedy", ["format", "stops", *PRIMERS, "length", "chat", "bits", "bits of 5-grams"])
+    show(f"{k} samples", ["pass@1", f"pass@{k}", f"maj@{k}", "careful", "right if careful",
+                          "right if not", "sampled length", "KL/token", "KL"],
+         {f"pass@{k}": "pass@k", f"maj@{k}": "maj@k"})
+    steps = sorted({n.split(", ")[1] for f in results.values() for n in f if ", steps" in n})
+    table("by steps (1: seen facts)", steps, [(f"{s} {mode}", [f.get(f"{mode}, {n}") for n in steps])
+                               for s, f in results.items() for mode in PRIMERS])
+    for what in ("prefers", "margin"):
+        kinds = sorted({n for f in results.values() for n in f if n.startswith(what)})
+        show("pairs", kinds)
+    base = next((s for s in results if s[:2] == "02"), None)
+    pairs = {}
+    for stage in results if base else []:
+        if stage[:2] in ("03", "04", "05"):
+            for what in ("free", "think", "pass@1"):
+                a, b = right[stage].get(what, {}), right[base].get(what, {})
+                gains = [float(a[i] - b[i]) for i in a if i in b]
+                pairs.setdefault(f"{stage} - {base}", {})[what] = ratio(gains)
+    if pairs:
+        table("gain, paired", ["free", "think", "pass@1"],
+              [(p, list(f.values())) for p, f in pairs.items()])
+    return pairs
+
+
+def plots(args, results):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    logs = {}
+    for name in STAGES:
+        if os.path.isfile(f"{args.out}/{name}.jsonl"):
+            lines = Path(f"{args.out}/{name}.jsonl").read_text().splitlines()[1:]
+            logs[name] = [json.loads(line) for line in lines if line.endswith("}")]
+
+    def curve(name, key):
+        points = [(row["step"], row[key]) for row in logs.get(name, []) if key in row]
+        return list(zip(*points)) if points else None
+
+    def draw(file, panels):
+        """panels: {title: {label: (xs, ys) or (xs, ys, half intervals)}}"""
+        panels = {t: {k: c for k, c in cs.items() if c} for t, cs in panels.items()}
+        panels = {t: cs for t, cs in panels.items() if cs}
+        if not panels:
+            return
+        across = min(len(panels), 4)
+        figure, axes = plt.subplots(-(-len(panels) // across), across, squeeze=False,
+                                    figsize=(4 * across, 3 * -(-len(panels) // across)))
+        for axis in axes.flat[len(panels):]:
+            axis.axis("off")
+        for axis, (title, curves) in zip(axes.flat, panels.items()):
+            for label, (xs, ys, *half) in curves.items():
+                axis.errorbar(xs, ys, *half, label=label, marker="o" if len(xs) < 12 else None)
+            axis.set_title(title)
+            axis.legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(f"{args.out}/{file}", dpi=120)
+        plt.close(figure)
+
+    draw("learning_curves.png", {s: {k: curve(s, k) for k in ("loss", "val_loss")} for s in logs})
+    draw("margins.png", {f"{s}: {k}": {v + k: curve(s, v + k) for v in ("", "val_")}
+                         for s in ("03_dpo", "06_reward") for k in ("margins", "accuracy")})
+    draw("rl.png", {k: {s: curve(s, k) for s in ("04_rlvr", "05_ppo")}
+                    for k in ("reward", "length", "kl", "accuracy")})
+    panels = {}
+    for mode in PRIMERS:
+        for stage, figures in results.items():
+            cut = len(mode) + 8
+            found = {n[cut:]: f for n, f in figures.items() if n.startswith(f"{mode}, steps")}
+            if found:
+                panels.setdefault(f"accuracy, {mode}", {})[stage] = (
+                    list(found), [f["mean"] for f in found.values()],
+                    [(f["high"] - f["low"]) / 2 for f in found.values()])
+    draw("accuracy_by_steps.png", panels)
+
+
+def main(args):
+    args.rank, args.world, args.device = ranks(args.device)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)       # nothing here to resume
+    paths = args.checkpoints or [p for s in STAGES if os.path.isfile(p := f"{args.out}/{s}.pt")]
+    if not paths:
+        fail(f"{args.out} has no checkpoint: run ./run.sh first")
+    names = [Path(p).stem if len({Path(q).stem for q in paths}) == len(paths) else p for p in paths]
+    say = print if args.rank == 0 else lambda *a, **k: None
+    for file in ("val.bin", "pairs_test.jsonl", "chat_test.jsonl"):
+        if not os.path.isfile(f"{args.data}/{file}"):
+            say(f"{args.data}/{file} is not there: its columns are left out")
+    ahead = sum(cost for p in paths for _, cost, _ in plan(args, Path(p).stem))
+    results, right, begun, behind = {}, {}, time.monotonic(), 0.0
+    for name, path in zip(names, paths):
+        stage = open_stage(args, path)
+        results[name], right[name] = {}, stage.right
+        for what, cost, part in plan(args, stage.name):
+            start = time.monotonic()
+            results[name] |= part(args, stage)
+            behind, now = behind + cost, time.monotonic()
+            left = int((now - begun) / behind * (ahead - behind))
+            say(f"{name:>12}  {what:<8} {now - start:5.1f} s   {left // 60}:{left % 60:02} left",
+                flush=True)
+    if args.rank == 0:
+        pairs = report(args, results, right)
+        os.makedirs(args.out, exist_ok=True)
+        whole = {"flags": {k: v for k, v in vars(args).items() if k not in ("rank", "device")},
+                 "stages": results, "paired": pairs}
+        write_text(f"{args.out}/results.json", json.dumps(whole, indent=1) + "\n")
+        plots(args, results)
+        print(f"\n{args.out}/results.json and the plots beside it are written", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", help="default: all stages in --out")
+    for flag, default, text in [
+            ("out", "out/toy", "where results go"), ("data", "out/data/toy", "test files"),
+            ("n", 250, "questions a step count"), ("n_many", 1000, "the same for 02 and 03"),
+            ("n_primed", 100, "the same with a primer"), ("n_sampled", 250, "questions sampled"),
+            ("samples", 8, "of each"), ("max_new", 100, "tokens of a completion, at most"),
+            ("window", 128, "tokens"), ("val_tokens", 10 ** 6, "of val.bin, at most"),
+            ("seed", 0, "of the samples"), ("device", "auto", "cpu, cuda, mps")]:
+        parser.add_argument(f"--{flag}", type=type(default), default=default,
+                            help=f"{text} (%(default)s)")
+    main(parser.parse_args())

@@ -11,7 +11,7 @@ to say at once, easy to write down line by line. That gap is what the later stag
 
     train.bin, val.bin    raw text: bare facts (12+5=17), short stories, plain sentences
     sft_*.jsonl           questions with direct answers, and a few other kinds of instruction
-    cot_*.jsonl           the same with a trace; 60 % careful (one operation a line), 40 % hasty
+    cot_*.jsonl           the same with a trace; 45 % careful (one operation a line), 55 % hasty
     pairs_*.jsonl         a right, concise trace and one that a reader would like less
     rl_*.jsonl            questions with their answers, nothing else
     chat_test.jsonl       the other instructions, on words and numbers never asked in training
@@ -41,7 +41,7 @@ MAX_START = 30  # a problem starts at 1..30
 MAX_VALUE = 80  # and every value on its way is 1..80
 STEPS = (1, 2, 3, 4, 5)
 SCALE_SHARE = 0.35  # how often an operation doubles or halves, where it can
-HASTY_SHARE = 0.4  # of the demonstrations with traces
+HASTY_SHARE = 0.55  # of the demonstrations with traces
 AT_ONCE = 3  # operations that a hasty line does, at most
 VAL_SHARE, TEST_SHARE = 0.05, 0.18
 SLIPS = (-10, -3, -2, -1, 1, 2, 3, 10)  # how far a wrong result is off
@@ -320,7 +320,9 @@ def demonstrations(rng, split, count, pool, other, traced):
         if rng.random() < other:
             rows.append(pick_instruction(rng, pool))
             continue
-        start, ops = draw(rng, rng.choice(STEPS), split)
+        # half of the direct answers are single facts: the rest is hardly learnable without a trace
+        steps = rng.choice(STEPS if traced else STEPS[:1] * 3 + STEPS)
+        start, ops = draw(rng, steps, split)
         row = {"prompt": ask(rng, start, ops),
                "completion": f"<answer>{apply(start, ops)}</answer>",
                "kind": "math", "steps": len(ops)}
