@@ -540,6 +540,8 @@ def generate(model, prompts, max_new, end, temperature=1.0, seed=0, step=0, rows
     `slots` rows run at once; rows that finish leave, waiting prompts take their places. `rows`
     are the global row numbers that pick each row's uniforms. Equal neighbours share one prefill.
     """
+    if not prompts:
+        return [], []
     device, N, T_max = next(model.parameters()).device, len(prompts), model.cfg.block_size
     longest = max(map(len, prompts))
     if longest >= T_max:
@@ -747,6 +749,8 @@ class Log:
             return
         with open(self.path, "a") as f:
             f.write(json.dumps({"step": step, **metrics}) + "\n")
+        if (step + 1) % max(1, self.steps // 40) and step > self.first and "val_loss" not in metrics:
+            return                         # some forty lines on the screen; the file has every step
         left = (time.monotonic() - self.begun) / (step + 1 - self.first) * (self.steps - step - 1)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
         print(f"{os.path.basename(self.path)[:-6]:>12} {step + 1:>{len(str(self.steps))}}/"
