@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from model import (autocast, encode_rows, fail, generate, load, number, pad, parse, ranks,
-                   read_rows, read_tokens, shift, split, verify, write_text)
+from model import (autocast, encode_rows, fail, generate, inputs, load, number, pad, parse,
+                   ranks, read_rows, read_tokens, shift, split, verify, write_text)
 
 STAGES = ["00_pretrain", "01_sft", "02_cot", "03_dpo", "04_rlvr", "05_ppo", "06_reward"]
 PRIMERS = {"free": "", "answer": "<answer>", "think": "<think>"}
@@ -174,8 +174,8 @@ def sampled(args, stage):
     votes = [majority([t for t, _, _ in g], row["answer"]) for row, g in zip(rows, said)]
     stage.right["pass@1"] = {row["id"]: hits.mean() for row, hits in zip(rows, right)}
     out = {"pass@1": ratio(right.mean(1)), "maj@k": share(votes),
-           "pass@k": ratio([pass_at_k(k, int(hits.sum()), k) for hits in right]),
-           "sampled length": ratio(lengths.mean(1))}
+           "pass@k": share([pass_at_k(k, int(hits.sum()), k) for hits in right]),
+           "length sampled": ratio(lengths.mean(1))}
     if stage.init:
         out |= {"KL/token": ratio(gaps.sum(1), lengths.sum(1)), "KL": ratio(gaps.mean(1))}
     if "steps" in rows[0]:
@@ -190,6 +190,8 @@ def preferences(args, stage):
     """How often, and by how much, the chosen completion scores above the rejected one. The score:
     a reward model's, else log p - log p_start, DPO's implicit reward (without its beta)."""
     path, tok = f"{args.data}/pairs_test.jsonl", stage.tokenizer
+    if not stage.init and stage.name[:2] != "06":
+        return {}
 
     def encode(row):
         p, sides = tok.prompt(row["prompt"]), [row["chosen"], row["rejected"]]
@@ -199,7 +201,8 @@ def preferences(args, stage):
 
     def score(pairs):
         if stage.name[:2] != "06":
-            return [a - b for a, b in zip(log_prob(stage.model, pairs), log_prob(stage.init, pairs))]
+            now, start = log_prob(stage.model, pairs), log_prob(stage.init, pairs)
+            return [a - b for a, b in zip(now, start)]
         with torch.no_grad():
             hidden = stage.model.forward_hidden(pad([p + c for p, c in pairs], args.device))
         last, head = [len(p) + len(c) - 1 for p, c in pairs], stage.parts["head"]
@@ -258,7 +261,7 @@ def plan(args, name):
     """[(what, rough seconds on the toy, part)] for the stage `name`."""
     has = lambda file: os.path.isfile(f"{args.data}/{file}")
     kind, few = name[:2], args.n_primed
-    n = {"00": min(args.n, 40), "02": args.n_many, "03": args.n_many}.get(kind, args.n)
+    n = args.n_many if kind in ("02", "03") else min(args.n_greedy, 40 if kind == "00" else 10 ** 9)
     jobs = [("bits", 4, bits, has("val.bin")), ("pairs", 14, preferences, has("pairs_test.jsonl"))]
     for mode, count in (("free", n), ("answer", few), ("think", few)):
         jobs.append((mode, 1 + count / 40, lambda a, s, m=mode, c=count: greedy(a, s, m, c), True))
@@ -272,63 +275,62 @@ def plan(args, name):
 
 def open_stage(args, path):
     model, tokenizer, parts = load(path, args.device)
-    init = parts.get("record", {}).get("config", {}).get("init", "")
-    stage = SimpleNamespace(name=Path(path).stem, model=model.eval(), tokenizer=tokenizer,
-                            parts=parts, right={}, init=None)
+    record = parts.get("record", {"config": {}})
+    init, name = record["config"].get("init", ""), Path(path).stem
+    stage = SimpleNamespace(name=name, model=model.eval(), tokenizer=tokenizer, parts=parts,
+                            right={}, init=None)
     if os.path.isfile(init):
         stage.init = load(init, args.device)[0].eval()
-    if stage.name[:2] != "06":
+        if inputs[init] != record["inputs"].get(init):
+            stage.init = None              # no distance to a start that is no longer there
+            print(f"{name}: {init} has changed since, so there is no KL to it", flush=True)
+    if name[:2] != "06":
         stage.rows = questions(args, model, tokenizer, "rl_test.jsonl", "answer")
     return stage
 
 
 def table(title, names, rows):
-    """rows: [(label, [figure or None])]; printed as mean ± half the interval, shares in %."""
-    def cell(f, name):
-        scale = 1 if re.match("length|sampled length|KL|bits|margin", name) else 100
-        digits = 3 if re.match("KL|bits", name) else 1
-        half = f and (f["high"] - f["low"]) / 2 * scale
-        return f"{f['mean'] * scale:.{digits}f} ±{half:.{digits}f}" if f else "-"
-
-    kept = [i for i in range(len(names)) if any(figures[i] for _, figures in rows)]
-    lines = [[title, *(names[i] for i in kept)]]
+    """rows: [(label, figures)] -> mean ± half the interval, shares in %; n where it changes."""
+    kept = [n for n in names if any(figures.get(n) for _, figures in rows)]
+    lines, ns = [[title, *kept]], None
     for label, figures in rows:
-        if any(figures):
-            lines.append([label, *(cell(figures[i], names[i]) for i in kept)])
-            ns = [f"n {figures[i]['n']}" if figures[i] else "" for i in kept]
-            lines.append(["", *ns])
+        found, cells = [figures.get(name) for name in kept], []
+        for name, f in zip(kept, found):
+            plain = re.match("length|KL|bits|margin", name)
+            scale, digits = 1 if plain else 100, 3 if plain and name[0] in "Kb" else 1
+            half = f and (f["high"] - f["low"]) / 2 * scale
+            cells.append(f"{f['mean'] * scale:.{digits}f} ±{half:.{digits}f}" if f else "-")
+        last, ns = ns, [f"n {f['n']}" if f else "" for f in found]
+        if any(found):
+            lines += [[label, *cells]] + [["", *ns]] * (ns != last)
     widths = [max(map(len, column)) for column in zip(*lines)]
-    print("\n" + "\n".join(line[0].ljust(widths[0]) + "".join(
-        "  " + c.rjust(w) for c, w in zip(line[1:], widths[1:])) for line in lines), flush=True)
+    for line in lines if kept else []:
+        cells = "".join("  " + c.rjust(w) for c, w in zip(line[1:], widths[1:]))
+        print("\n" * (line is lines[0]) + line[0].ljust(widths[0]) + cells)
 
 
 def report(args, results, right):
-    def show(title, names, labels={}):
-        table(title, names, [(s, [f.get(labels.get(n, n)) for n in names]) for s, f in results.items()])
-
-    k = args.samples
-    show("greedy", ["format", "stops", *PRIMERS, "length", "chat", "bits", "bits of 5-grams"])
-    show(f"{k} samples", ["pass@1", f"pass@{k}", f"maj@{k}", "careful", "right if careful",
-                          "right if not", "sampled length", "KL/token", "KL"],
-         {f"pass@{k}": "pass@k", f"maj@{k}": "maj@k"})
-    steps = sorted({n.split(", ")[1] for f in results.values() for n in f if ", steps" in n})
-    table("by steps (1: seen facts)", steps, [(f"{s} {mode}", [f.get(f"{mode}, {n}") for n in steps])
-                               for s, f in results.items() for mode in PRIMERS])
-    for what in ("prefers", "margin"):
-        kinds = sorted({n for f in results.values() for n in f if n.startswith(what)})
-        show("pairs", kinds)
-    base = next((s for s in results if s[:2] == "02"), None)
-    pairs = {}
+    """Print the tables -> the paired gains over 02."""
+    rows = list(results.items())
+    named = lambda what: sorted({n for f in results.values() for n in f if n.startswith(what)})
+    table("greedy", ["format", "stops", *PRIMERS, "length", "chat", "bits", "bits of 5-grams"],
+          rows)
+    table(f"k = {args.samples} samples", ["pass@1", "pass@k", "maj@k", "careful",
+          "right if careful", "right if not", "length sampled", "KL/token", "KL"], rows)
+    split_rows = [(f"{stage}, {mode}", {n[len(mode) + 2:]: f for n, f in figures.items()
+                                        if n.startswith(f"{mode}, steps")})
+                  for mode in PRIMERS for stage, figures in rows]
+    table("steps 1: seen facts", sorted({n for _, f in split_rows for n in f}), split_rows)
+    table("chosen or rejected", named("prefers"), rows)
+    table("and by how much", named("margin"), rows)
+    gains, base = {}, next((s for s in results if Path(s).stem[:2] == "02"), None)
     for stage in results if base else []:
-        if stage[:2] in ("03", "04", "05"):
-            for what in ("free", "think", "pass@1"):
-                a, b = right[stage].get(what, {}), right[base].get(what, {})
-                gains = [float(a[i] - b[i]) for i in a if i in b]
-                pairs.setdefault(f"{stage} - {base}", {})[what] = ratio(gains)
-    if pairs:
-        table("gain, paired", ["free", "think", "pass@1"],
-              [(p, list(f.values())) for p, f in pairs.items()])
-    return pairs
+        if Path(stage).stem[:2] in ("03", "04", "05"):
+            pairs = {k: [float(v - right[base][k][i]) for i, v in right[stage][k].items()
+                         if i in right[base][k]] for k in ("free", "think", "pass@1")}
+            gains[f"{stage} - {base}"] = {k: ratio(v) for k, v in pairs.items()}
+    table("gain, question by question", ["free", "think", "pass@1"], list(gains.items()))
+    return gains
 
 
 def plots(args, results):
@@ -346,23 +348,19 @@ def plots(args, results):
         return list(zip(*points)) if points else None
 
     def draw(file, panels):
-        """panels: {title: {label: (xs, ys) or (xs, ys, half intervals)}}"""
-        panels = {t: {k: c for k, c in cs.items() if c} for t, cs in panels.items()}
-        panels = {t: cs for t, cs in panels.items() if cs}
+        """panels: {title: {label: (xs, ys) or (xs, ys, half intervals) or None}}"""
+        panels = {title: curves for title, curves in panels.items() if any(curves.values())}
         if not panels:
             return
-        across = min(len(panels), 4)
-        figure, axes = plt.subplots(-(-len(panels) // across), across, squeeze=False,
-                                    figsize=(4 * across, 3 * -(-len(panels) // across)))
-        for axis in axes.flat[len(panels):]:
-            axis.axis("off")
-        for axis, (title, curves) in zip(axes.flat, panels.items()):
-            for label, (xs, ys, *half) in curves.items():
-                axis.errorbar(xs, ys, *half, label=label, marker="o" if len(xs) < 12 else None)
+        figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(4 * len(panels), 3))
+        for axis, (title, curves) in zip(axes[0], panels.items()):
+            for label, points in curves.items():
+                if points:
+                    axis.errorbar(*points, label=label, marker="o" if len(points[0]) < 12 else None)
             axis.set_title(title)
             axis.legend(fontsize=8)
         figure.tight_layout()
-        figure.savefig(f"{args.out}/{file}", dpi=120)
+        figure.savefig(f"{args.out}/{file}", dpi=100)
         plt.close(figure)
 
     draw("learning_curves.png", {s: {k: curve(s, k) for k in ("loss", "val_loss")} for s in logs})
@@ -370,15 +368,13 @@ def plots(args, results):
                          for s in ("03_dpo", "06_reward") for k in ("margins", "accuracy")})
     draw("rl.png", {k: {s: curve(s, k) for s in ("04_rlvr", "05_ppo")}
                     for k in ("reward", "length", "kl", "accuracy")})
-    panels = {}
-    for mode in PRIMERS:
-        for stage, figures in results.items():
-            cut = len(mode) + 8
-            found = {n[cut:]: f for n, f in figures.items() if n.startswith(f"{mode}, steps")}
-            if found:
-                panels.setdefault(f"accuracy, {mode}", {})[stage] = (
-                    list(found), [f["mean"] for f in found.values()],
-                    [(f["high"] - f["low"]) / 2 for f in found.values()])
+    panels = {f"accuracy, {mode}": {} for mode in PRIMERS}
+    for stage, figures in results.items():
+        for mode in PRIMERS:
+            found = {n.split()[-1]: f for n, f in figures.items() if n.startswith(f"{mode}, steps")}
+            panels[f"accuracy, {mode}"][stage] = found and (
+                list(found), [f["mean"] for f in found.values()],
+                [(f["high"] - f["low"]) / 2 for f in found.values()])
     draw("accuracy_by_steps.png", panels)
 
 
@@ -421,7 +417,7 @@ if __name__ == "__main__":
     parser.add_argument("checkpoints", nargs="*", help="default: all stages in --out")
     for flag, default, text in [
             ("out", "out/toy", "where results go"), ("data", "out/data/toy", "test files"),
-            ("n", 250, "questions a step count"), ("n_many", 1000, "the same for 02 and 03"),
+            ("n_greedy", 250, "questions a step count"), ("n_many", 1000, "the same for 02 and 03"),
             ("n_primed", 100, "the same with a primer"), ("n_sampled", 250, "questions sampled"),
             ("samples", 8, "of each"), ("max_new", 100, "tokens of a completion, at most"),
             ("window", 128, "tokens"), ("val_tokens", 10 ** 6, "of val.bin, at most"),

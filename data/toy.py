@@ -320,8 +320,8 @@ def demonstrations(rng, split, count, pool, other, traced):
         if rng.random() < other:
             rows.append(pick_instruction(rng, pool))
             continue
-        # half of the direct answers are single facts: the rest is hardly learnable without a trace
-        steps = rng.choice(STEPS if traced else STEPS[:1] * 3 + STEPS)
+        # most of the direct answers are single facts: the rest is hardly learnable without a trace
+        steps = rng.choice(STEPS if traced else STEPS[:1] * 4 + STEPS)
         start, ops = draw(rng, steps, split)
         row = {"prompt": ask(rng, start, ops),
                "completion": f"<answer>{apply(start, ops)}</answer>",

@@ -169,7 +169,7 @@ def test_checkpointing_changes_nothing(double):
 
 # ---------------------------------------------------------------------------- generate
 
-@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("temperature", [0, 2.0])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_generate(switch, temperature, double):
     """Cached = uncached, batched = single, ragged prompts, fewer slots than rows, up to the context's
@@ -363,7 +363,7 @@ def test_prompt_ids_are_the_same_in_training_and_rollouts(tok, stages, prompt, c
     assert ids == tok.prompt(prompt) + tok.encode_completion(completion) + [tok.end]
     if "03_dpo" in stages:
         pairs = stages["03_dpo"].encode(tok, {"prompt": prompt, "chosen": completion,
-                                              "rejected": "many"})
+                                              "rejected": "nuts"})
         assert pairs[0][0] == ids and pairs[1][0][:len(tok.prompt(prompt))] == tok.prompt(prompt)
 
 

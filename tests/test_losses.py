@@ -1,11 +1,10 @@
 """The losses: their values, their gradients, and that their sums may be split anywhere."""
-import importlib.util
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STAGES, kernel
+from conftest import STAGES, kernel
 
 pytestmark = pytest.mark.usefixtures("double")
 EPS = 0.2
@@ -187,6 +186,86 @@ def test_score_is_of_the_last_real_token(stages):
     assert abs(scorer(ids, mask)[1] - scores[1]) > 1e-6
 
 
+# ---------------------------------------------------------------------------- 05
+
+@needs("05_ppo")
+def test_gae_is_reward_to_go(stages):
+    """gamma = lam = 1: what is still to come, minus the value; nothing beyond the completion."""
+    mask = ragged(6, 9)
+    rewards, values = torch.randn(2, 6, 9)
+    advantages, returns = stages["05_ppo"].gae(rewards, values, mask, 1.0, 1.0)
+    to_go = (rewards * mask).flip(1).cumsum(1).flip(1)
+    assert torch.allclose(advantages, (to_go - values) * mask)
+    assert torch.allclose(returns * mask, to_go * mask)
+
+
+@needs("05_ppo")
+@pytest.mark.parametrize("gamma, lam", [(0.9, 0.95), (1.0, 0.5), (0.97, 0.0)])
+def test_gae_against_a_loop(stages, gamma, lam):
+    """The defining sum, eq. 16, one row and one token at a time; no bootstrap past the end, and what
+    stands in the padding (here: 1e9) is never seen."""
+    mask = ragged(6, 9, 2)
+    rewards, values = torch.randn(2, 6, 9)
+    advantages, returns = stages["05_ppo"].gae(rewards.masked_fill(mask == 0, 1e9),
+                                               values.masked_fill(mask == 0, 1e9), mask, gamma, lam)
+    for i in range(6):
+        at = np.flatnonzero(mask[i].numpy())
+        r, v = rewards[i, at].tolist(), values[i, at].tolist() + [0.0]
+        for t in range(len(at)):
+            expected = sum((gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k])
+                           for k in range(len(at) - t))
+            assert advantages[i, at[t]].item() == pytest.approx(expected, abs=1e-12)
+            assert returns[i, at[t]].item() == pytest.approx(expected + v[t], abs=1e-12)
+        assert advantages[i][mask[i] == 0].abs().max() == 0
+
+
+def ppo(stages, logprob, value=0.0, old_value=0.0, A=0.0, ret=0.0, vf_coef=1.0):
+    """A batch of one token, its old log-prob 0 -> loss, its gradients, metrics."""
+    lp, v = (torch.full((1, 1), x, requires_grad=True) for x in (logprob, value))
+    old, old_v, A, ret = (torch.full((1, 1), x) for x in (0.0, old_value, A, ret))
+    loss, count, metrics = stages["05_ppo"].ppo_loss(lp, v, old, old_v, A, ret, torch.ones(1, 1), EPS,
+                                                     vf_coef)
+    grads = torch.autograd.grad(loss, [lp, v])
+    return loss.item(), grads[0].item(), grads[1].item(), metrics
+
+
+@needs("05_ppo")
+@pytest.mark.parametrize("A", [1.0, -1.0])
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 1.0, 1.1, 1.5])
+def test_ppo_quadrants(stages, A, ratio):
+    loss, grad, _, metrics = ppo(stages, math.log(ratio), A=A, vf_coef=0.0)
+    stopped = (A, ratio) in [(1.0, 1.5), (-1.0, 0.5)]
+    held = {(1.0, 1.5): 1 + EPS, (-1.0, 0.5): 1 - EPS}.get((A, ratio), ratio)
+    assert loss == pytest.approx(-held * A)
+    assert grad == pytest.approx(0.0 if stopped else -ratio * A)
+    assert metrics["clip_frac"] == float(stopped)
+
+
+@needs("05_ppo")
+def test_ppo_value_loss(stages):
+    """Half the squared error; once past old +- eps towards the return there is nothing to gain, and
+    away from it nothing is forgiven (the max, not the min)."""
+    loss, _, grad, _ = ppo(stages, 0.0, value=0.1, ret=1.0)
+    assert loss == pytest.approx(0.81 / 2) and grad == pytest.approx(-0.9)
+    loss, _, grad, _ = ppo(stages, 0.0, value=0.5, ret=1.0)
+    assert loss == pytest.approx(0.64 / 2) and grad == 0
+    loss, _, grad, _ = ppo(stages, 0.0, value=-0.5, ret=1.0)
+    assert loss == pytest.approx(2.25 / 2) and grad == pytest.approx(-1.5)
+    assert ppo(stages, 0.0, value=0.1, ret=1.0, vf_coef=0.1)[0] == pytest.approx(0.0405)
+
+
+@needs("05_ppo")
+def test_whiten(stages):
+    """Mean 0 and std 1 over all completion tokens of all batches together."""
+    mask = [ragged(3, 7), ragged(5, 9, 1)]
+    given = [(m, 5 + 3 * torch.randn(m.shape), m * 2, m) for m in mask]
+    white = stages["05_ppo"].whiten(given)
+    A = torch.cat([a[m == 1] for (_, a, _, m) in white])
+    raw = torch.cat([a[m == 1] for (_, a, _, m) in given])
+    assert torch.allclose(A, (raw - raw.mean()) / raw.std(unbiased=False))
+    assert all(torch.equal(w[i], g[i]) for w, g in zip(white, given) for i in (0, 2, 3))
+
+
 # ---------------------------------------------------------------------------- sums and counts
 
 @pytest.mark.parametrize("name", STAGES)
@@ -208,7 +287,8 @@ def test_splitting_a_batch(stages, name):
     elif name == "04_rlvr":
         f = lambda i: stage.grpo_loss(lp[i], old[i], ref[i], A[i], mask[i], EPS, 0.1)
     else:
-        pytest.skip("in test_ppo_splitting")
+        f = lambda i: stage.ppo_loss(lp[i], old[i], old[i] + lp[i] / 9, ref[i], lp[i], A[i, None] * lp[i],
+                                     mask[i], EPS, 0.1)
     pairs = name in ("03_dpo", "06_reward")
     parts = [[0, 4], [1, 2, 3, 5, 6, 7]] if pairs else [[0], [1, 2], [3, 4, 5, 6, 7]]
     whole, cut = f(list(range(8))), [f(i) for i in parts]

@@ -1,0 +1,77 @@
+"""torchrun's program in test_ranks.py: every stage in this world; rank 0 writes what came out.
+
+    torchrun --nproc_per_node=2 tests/rank_worker.py DATA CHAIN OUT
+
+Everything is float64. Two ways to split the same sums then differ by 1e-16 or so, and the gap to
+a forgotten all-reduce is thirteen orders of magnitude.
+"""
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from conftest import ROLLOUTS, STAGES, config, load_stage, parity, run, weights
+
+STEPS = {"01_sft": 20, "04_rlvr": 20}
+
+
+def main(data, chain, out):
+    torch.set_default_dtype(torch.float64)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    made = {}
+    for name in STAGES:
+        stage = load_stage(name)
+        gradients, rollouts = watch(stage, name)
+        # 8 rows a step: 4 micro-batches of 2 in a world of 1, one of 2 in a world of 4.
+        cfg = config(stage, data, f"{out}/{world}", chain, steps=STEPS.get(name, 6), lr=1e-3, muon_lr=0.0,
+                     micro_batch=2, group_size=2, eval_every=5)
+        run(stage, cfg)
+        seen = [None] * world
+        if world > 1:
+            dist.all_gather_object(seen, rollouts)
+        made[name] = {"rollouts": {k: v for part in seen if part for k, v in part.items()} or rollouts,
+                      "gradient": gradients[0]}
+        if rank == 0:
+            made[name]["weights"] = weights(f"{out}/{world}/{name}.pt")
+        if hasattr(cfg, "muon_lr"):
+            gradients.clear()
+            cfg.muon_lr, cfg.steps, cfg.out = 0.02, 1, f"{out}/{world}/muon"
+            run(stage, cfg)
+            made[name]["muon_gradient"] = gradients[0]
+        torch.nn.utils.clip_grad_norm_ = clip
+    if rank == 0:
+        torch.save(made, f"{out}/{world}.pt")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+clip = torch.nn.utils.clip_grad_norm_
+
+
+def watch(stage, name):
+    """Lists that get this stage's gradients, before clipping, and its rollouts by (step, row)."""
+    gradients, rollouts = [], {}
+
+    def record(params, *args, **kwargs):
+        params = list(params)
+        gradients.append(torch.cat([p.grad.flatten() for p in params]))
+        return clip(params, *args, **kwargs)
+
+    torch.nn.utils.clip_grad_norm_ = record
+    if name in ROLLOUTS:
+        stage.verify, generate = parity, stage.generate
+
+        def spy(model, prompts, *args, **kwargs):
+            completions, logprobs = generate(model, prompts, *args, **kwargs)
+            if "rows" not in kwargs:                       # training, not evaluation
+                step, rows = args[-2:]
+                rollouts.update({(step, r): (p, c) for r, p, c in zip(rows, prompts, completions)})
+            return completions, logprobs
+
+        stage.generate = spy
+    return gradients, rollouts
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,292 @@
+"""What goes wrong is said in one line that names the place and what to do; exit code 2."""
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROLLOUTS, ROOT, STAGES, kernel, run, write_rows
+
+TRAIN = {"01_sft": "sft_train", "02_cot": "cot_train", "03_dpo": "pairs_train",
+         "06_reward": "pairs_train", "04_rlvr": "rl_train", "05_ppo": "rl_train"}
+JSONL = [name for name in STAGES if name in TRAIN]
+
+
+@pytest.fixture
+def own(make, data, tmp_path):
+    """own("01_sft") -> stage, cfg, the path of its training file, in a copy of the data."""
+    def own(name, **changes):
+        for path in data.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        return *make(name, data=tmp_path, **changes), tmp_path / f"{TRAIN.get(name, 'train')}.jsonl"
+    return own
+
+
+def edit(path, line, change):
+    """Replace the 1-based `line` by change(its object), text or object."""
+    lines = path.read_text().splitlines()
+    new = change(json.loads(lines[line - 1]))
+    lines[line - 1] = new if isinstance(new, str) else json.dumps(new)
+    path.write_text("\n".join(lines) + "\n")
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+@pytest.mark.parametrize("name", [s for s in STAGES if s != "00_pretrain"])
+def test_missing_checkpoint(name, make, tmp_path, refuses):
+    """The command that makes it is named."""
+    stage, cfg = make(name, start=tmp_path / "nowhere")
+    made_by = Path(cfg.init).stem
+    refuses(lambda: run(stage, cfg), cfg.init, f"run python {made_by}.py first")
+
+
+@pytest.mark.skipif("05_ppo" not in STAGES, reason="05_ppo.py is not there yet")
+def test_reward_model(make, tmp_path, chain, refuses):
+    """PPO asks for 06's checkpoint by name, and does not take a policy for one."""
+    stage, cfg = make("05_ppo")
+    cfg.reward = str(tmp_path / "06_reward.pt")
+    refuses(lambda: run(stage, cfg), "06_reward.pt is missing: run python 06_reward.py first")
+    cfg.reward = str(chain / "01_sft.pt")
+    refuses(lambda: run(stage, cfg), "01_sft.pt", "06_reward.py")
+
+
+@pytest.mark.parametrize("content", ["half", "empty", "text", "list"])
+def test_broken_checkpoint(content, make, chain, tmp_path, refuses):
+    path, whole = tmp_path / "00_pretrain.pt", (chain / "00_pretrain.pt").read_bytes()
+    if content == "list":
+        torch.save([1, 2], path)
+    else:
+        path.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n" * 9}[content])
+    stage, cfg = make("01_sft", start=tmp_path)
+    refuses(lambda: run(stage, cfg), path, "truncated or no checkpoint", "make it again")
+
+
+def test_another_architecture(make, chain, tmp_path, refuses):
+    """A key too few, and nothing is trained from half of a model."""
+    parts = torch.load(chain / "00_pretrain.pt", weights_only=True)
+    del parts["model"]["blocks.1.attention.q.weight"]
+    torch.save(parts, tmp_path / "00_pretrain.pt")
+    stage, cfg = make("01_sft", start=tmp_path)
+    refuses(lambda: run(stage, cfg), "00_pretrain.pt does not fit", "blocks.1.attention.q.weight")
+    assert not (tmp_path / "out/01_sft.pt").exists()
+
+
+def test_broken_state(make, tmp_path, refuses):
+    stage, cfg = make("01_sft")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/01_sft.state.pt").write_bytes(b"PK\x03\x04 half of a file")
+    refuses(lambda: run(stage, cfg), "01_sft.state.pt", "delete it")
+
+
+# ---------------------------------------------------------------------------- data
+
+@pytest.mark.parametrize("name", STAGES)
+def test_missing_data(name, make, tmp_path, refuses):
+    stage, cfg = make(name, data=tmp_path / "toy")
+    refuses(lambda: run(stage, cfg), tmp_path / "toy", "is missing: run python data/toy.py first")
+
+
+@pytest.mark.parametrize("name", JSONL)
+def test_malformed_json(name, own, refuses):
+    stage, cfg, path = own(name)
+    edit(path, 3, lambda row: json.dumps(row)[:-5])
+    refuses(lambda: run(stage, cfg), f"{path}, line 3: not JSON")
+
+
+@pytest.mark.parametrize("name", JSONL)
+def test_row_without_a_key(name, own, refuses):
+    """Each key in turn, missing or empty."""
+    stage, cfg, path = own(name)
+    keys = json.loads(path.read_text().splitlines()[0])
+    for line, key in enumerate(keys, 2):
+        edit(path, line, lambda row: {k: v for k, v in row.items() if k != key})
+        refuses(lambda: run(stage, cfg), f"{path}, line {line}: no ", key)
+        edit(path, line, lambda row: dict(row, **{key: ""}))
+        refuses(lambda: run(stage, cfg), f"{path}, line {line}: no ", key)
+        stage, cfg, path = own(name)
+
+
+@pytest.mark.parametrize("bad", ["[1]", "5", "null", '"text"'])
+def test_row_that_is_no_object(bad, own, refuses):
+    stage, cfg, path = own("01_sft")
+    edit(path, 2, lambda row: bad)
+    refuses(lambda: run(stage, cfg), f"{path}, line 2: ")
+
+
+@pytest.mark.parametrize("bad", [
+    {"prompt": 5, "completion": "x"}, {"prompt": "x", "completion": 5}, {"messages": "hello"},
+    {"messages": [{"role": "robot", "content": "x"}]}, {"messages": [{"role": "user"}]}, {"messages": [1]},
+    {"messages": [{"role": "user", "content": None}]}, {"messages": {"role": "user", "content": "x"}},
+    {"prompt": "é", "completion": "x"}, {"messages": [{"role": "user", "content": "only a question"}]}])
+def test_row_of_the_wrong_form(bad, own, refuses):
+    stage, cfg, path = own("01_sft")
+    edit(path, 4, lambda row: bad)
+    refuses(lambda: run(stage, cfg), f"{path}, row 4: ")
+
+
+def test_answers_may_be_numbers(own):
+    """{"answer": 0} is an answer."""
+    stage, cfg, path = own("04_rlvr")
+    edit(path, 1, lambda row: dict(row, answer=0))
+    edit(path, 2, lambda row: dict(row, answer=12))
+    answers = [a for _, a in stage.read(cfg, path.name, *stage.load(cfg.init)[1::-1])]
+    assert answers[:2] == ["0", "12"]
+
+
+@pytest.mark.parametrize("name", [s for s in STAGES if s in ("03_dpo", "06_reward")])
+def test_equal_pair(name, own, refuses):
+    stage, cfg, path = own(name)
+    edit(path, 5, lambda row: dict(row, rejected=row["chosen"]))
+    refuses(lambda: run(stage, cfg), f"{path}, row 5: ", "same")
+
+
+@pytest.mark.parametrize("name", JSONL)
+def test_empty_file(name, own, refuses):
+    stage, cfg, path = own(name)
+    for content in ("", "\n\n"):
+        path.write_text(content)
+        refuses(lambda: run(stage, cfg), path, "has no rows")
+
+
+@pytest.mark.parametrize("name", JSONL)
+def test_long_rows(name, own, capsys, refuses):
+    """Dropped whole and counted; if none is left, that is an error."""
+    stage, cfg, path = own(name, steps=1)
+    for line in (2, 7):
+        edit(path, line, lambda row: dict(row, prompt="1+" * 40))
+    run(stage, cfg)
+    assert f"{path}: 2 of 24 rows are longer" in capsys.readouterr().out
+    write_rows(path, [json.loads(line) | {"prompt": "1+" * 40} for line in path.open()])
+    refuses(lambda: run(stage, cfg), path, "no row fits")
+
+
+def test_tokens(own, refuses, tmp_path):
+    """A .bin that is empty, too short, of another tokenizer; a broken tokenizer.json."""
+    stage, cfg, _ = own("00_pretrain")
+    for ids, part in (([], "train.bin is empty"), ([1], "train.bin is empty"),
+                      ([1] * cfg.window, "--window"), ([9999] * 99, "another tokenizer")):
+        np.asarray(ids, np.uint16).tofile(tmp_path / "train.bin")
+        refuses(lambda: run(stage, cfg), part)
+    for content, part in (("{", "not JSON"), ('{"kind": "words"}', "words")):
+        (tmp_path / "tokenizer.json").write_text(content)
+        refuses(lambda: run(stage, cfg), part)
+
+
+# ---------------------------------------------------------------------------- flags
+
+def test_unknown_flag():
+    out = subprocess.run([sys.executable, str(ROOT / "01_sft.py"), "--learning_rate", "1"],
+                         capture_output=True, text=True)
+    assert out.returncode == 2 and "unrecognized arguments: --learning_rate" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize("changes, part", [
+    (dict(n_head=3), "n_head=3 does not divide n_embd=32"), (dict(n_layer=0), "positive"),
+    (dict(position="absolute"), "absolute"), (dict(window=65), "--window 65"),
+    (dict(n_embd=6, n_head=2), "even")])
+def test_impossible_model(changes, part, make, refuses):
+    stage, cfg = make("00_pretrain", **dict(position="rope") | changes)
+    refuses(lambda: run(stage, cfg), part)
+
+
+@pytest.mark.parametrize("field, value", [("steps", 0), ("batch_size", 0), ("micro_batch", 0), ("lr", -1.0),
+                                          ("save_every", 0), ("eval_every", 0), ("seed", -1)])
+def test_out_of_range(field, value, make, refuses):
+    stage, cfg = make("01_sft", **{field: value})
+    refuses(lambda: run(stage, cfg), f"--{field} must be at least")
+
+
+@pytest.mark.parametrize("name, field, value", [
+    ("04_rlvr", "group_size", 1), ("04_rlvr", "minibatches", 0), ("04_rlvr", "temperature", 0.0),
+    ("04_rlvr", "eval_rows", 0), ("05_ppo", "epochs", 0), ("05_ppo", "max_new", 0)])
+def test_out_of_range_in_rollouts(name, field, value, make, refuses):
+    if name not in ROLLOUTS:
+        pytest.skip(f"{name}.py is not there yet")
+    stage, cfg = make(name, **{field: value})
+    refuses(lambda: run(stage, cfg), f"--{field} must be at least")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_batch_among_ranks(name, make, refuses, monkeypatch):
+    """Ranks of unequal batches would wait for each other for ever."""
+    stage, cfg = make(name, batch_size=8)
+    monkeypatch.setattr(stage, "ranks", lambda device: (0, 3, "cpu"))
+    refuses(lambda: run(stage, cfg), "--batch_size 8 is not divisible")
+
+
+def test_no_room_for_a_completion(make, refuses):
+    stage, cfg = make("04_rlvr", max_new=64)
+    refuses(lambda: run(stage, cfg), "rl_train.jsonl", "no row fits")
+
+
+# ---------------------------------------------------------------------------- while it runs
+
+@pytest.mark.parametrize("name", [s for s in STAGES if s != "00_pretrain"])
+def test_nan(name, make, chain, tmp_path, refuses):
+    """A loss that is not a number stops the run; what was finished before is left as it is."""
+    run(*make(name, steps=1))
+    before = (tmp_path / f"out/{name}.pt").read_bytes()
+    for path in chain.glob("*.pt"):
+        parts = torch.load(path, weights_only=True)
+        if path.stem != "06_reward":
+            parts["model"]["blocks.0.mlp.proj.weight"][3, 5] = float("nan")
+        torch.save(parts, tmp_path / path.name)
+    stage, cfg = make(name, start=tmp_path, steps=3, save_every=1)
+    refuses(lambda: run(stage, cfg), "step 0: loss nan", "nothing was updated", "Lower --lr")
+    assert (tmp_path / f"out/{name}.pt").read_bytes() == before
+    assert not (tmp_path / f"out/{name}.state.pt").exists()
+
+
+def test_nan_later(make, tmp_path, refuses, monkeypatch):
+    """In the middle of a run the state of the last save stays, and no weight has moved since."""
+    stage, cfg = make("01_sft", steps=6, save_every=1)
+    loss, calls = stage.sft_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        total, count, metrics = loss(*args)
+        return total * (float("inf") if len(calls) == 5 else 1), count, metrics     # step 2
+
+    monkeypatch.setattr(stage, "sft_loss", poisoned)
+    refuses(lambda: run(stage, cfg), "step 2: loss inf")
+    assert torch.load(tmp_path / "out/01_sft.state.pt", weights_only=True)["step"] == 2
+
+
+def test_disk_full(make, tmp_path, refuses):
+    """A real limit of the system, at a save in the middle: one line, and the old file is whole."""
+    run(*make("01_sft", steps=1))
+    before = (tmp_path / "out/01_sft.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    stage, cfg = make("01_sft", steps=4, save_every=1)
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        try:
+            run(stage, cfg)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    refuses(full, "cannot save", "01_sft.state.pt", "intact")
+    assert (tmp_path / "out/01_sft.pt").read_bytes() == before
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["01_sft.jsonl", "01_sft.pt"]
+
+
+def test_second_ctrl_c():
+    """The first is a wish, the second is not."""
+    kernel.interrupt()
+    assert kernel.interrupted()
+    with pytest.raises(SystemExit) as e:
+        kernel.interrupt()
+    assert e.value.code == 130
+
+
+def test_other_ranks_are_silent(monkeypatch, capsys):
+    """One line on the screen, not one a rank; but every rank leaves."""
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as e:
+        kernel.fail("x")
+    assert e.value.code == 2 and capsys.readouterr() == ("", "")

@@ -1,0 +1,70 @@
+"""1 x 8 = 2 x 4 = 4 x 2: how many ranks share the rows of a step changes nothing.
+
+Real torchrun on the CPU, one launch a world size, float64, AdamW: the weights at the end agree to
+rounding. (Muon orthogonalises in bfloat16, which magnifies rounding: there the gradients must.)
+"""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROLLOUTS, ROOT, STAGES, steps_of
+
+WORLDS = (1, 2, 4)
+
+
+@pytest.fixture(scope="session")
+def worlds(data, chain, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    launch = {n: subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+         ROOT / "tests/rank_worker.py", data, chain, out],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in WORLDS}
+    try:
+        said = {n: process.communicate(timeout=150)[0] for n, process in launch.items()}
+    finally:
+        for process in launch.values():
+            process.kill()
+    for n, process in launch.items():
+        assert process.returncode == 0, "\n".join(
+            line for line in said[n].splitlines() if " left  " not in line)[:8000]
+    return {n: torch.load(out / f"{n}.pt", weights_only=True) for n in WORLDS}, out
+
+
+def close(a, b):
+    assert a.dtype == b.dtype == torch.float64 and len(a) == len(b) and a.norm() > 0
+    assert (a - b).norm() <= 1e-9 * a.norm(), ((a - b).norm() / a.norm()).item()
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", STAGES)
+def test_weights(worlds, name, world):
+    close(worlds[0][1][name]["weights"], worlds[0][world][name]["weights"])
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", STAGES)
+def test_first_gradient(worlds, name, world):
+    for key in ("gradient", "muon_gradient"):
+        if key in worlds[0][1][name]:
+            close(worlds[0][1][name][key], worlds[0][world][name][key])
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_rollouts(worlds, name, world):
+    """Row by row the same prompts and the same tokens, to the last step."""
+    one, many = (worlds[0][n][name]["rollouts"] for n in (1, world))
+    assert len(one) >= 6 * 8 and one == many
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", STAGES)
+def test_logs(worlds, name, world):
+    """One line a step from rank 0 alone, with sums over all ranks; also the evaluations."""
+    one, many = (steps_of(worlds[1] / f"{n}/{name}.jsonl") for n in (1, world))
+    assert [line["step"] for line in many] == list(range(len(one)))
+    for a, b in zip(one, many):
+        assert a == pytest.approx(b, rel=1e-7, abs=1e-9)
+    assert json.dumps(one) and len(one[-1]) > len(one[0])
