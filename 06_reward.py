@@ -31,7 +31,7 @@ class Config:
     train: str = "pairs_train.jsonl"
     val: str = "pairs_val.jsonl"
     out: str = "out/toy"
-    steps: int = 120
+    steps: int = 180
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 32       # pairs a rank holds at once
     lr: float = 1e-3
