@@ -31,11 +31,11 @@ class Config:
     train: str = "pairs_train.jsonl"
     val: str = "pairs_val.jsonl"
     out: str = "out/toy"
-    steps: int = 100
+    steps: int = 150
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 32       # pairs a rank holds at once
-    beta: float = 0.3           # how dear it is to leave the reference
-    lr: float = 2e-5
+    beta: float = 0.5           # how dear it is to leave the reference
+    lr: float = 3e-5
     warmup: int = 10
     grad_clip: float = 1.0
     eval_every: int = 50

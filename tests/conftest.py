@@ -1,4 +1,4 @@
-"""What the tests share: the stages as modules, a tiny world of data, a chain of tiny checkpoints."""
+"""What the tests share: the stages as modules, a tiny world of data, a chain of checkpoints."""
 import importlib.util
 import json
 import os
@@ -159,7 +159,7 @@ def chain(stages, data, tmp_path_factory):
 
 @pytest.fixture
 def make(stages, data, chain, tmp_path):
-    """make("01_sft", steps=3) -> the stage and its Config, from the chain, into this test's folder."""
+    """make("01_sft", steps=3) -> the stage and its Config, from the chain, into a new folder."""
     def make(name, **changes):
         stage = stages[name]
         return stage, config(stage, changes.pop("data", data), changes.pop("out", tmp_path / "out"),

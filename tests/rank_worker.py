@@ -23,14 +23,15 @@ def main(data, chain, out):
         stage = load_stage(name)
         gradients, rollouts = watch(stage, name)
         # 8 rows a step: 4 micro-batches of 2 in a world of 1, one of 2 in a world of 4.
-        cfg = config(stage, data, f"{out}/{world}", chain, steps=STEPS.get(name, 6), lr=1e-3, muon_lr=0.0,
-                     micro_batch=2, group_size=2, eval_every=5)
+        cfg = config(stage, data, f"{out}/{world}", chain, steps=STEPS.get(name, 6), lr=1e-3,
+                     muon_lr=0.0, micro_batch=2, group_size=2, eval_every=5)
         run(stage, cfg)
         seen = [None] * world
         if world > 1:
             dist.all_gather_object(seen, rollouts)
-        made[name] = {"rollouts": {k: v for part in seen if part for k, v in part.items()} or rollouts,
-                      "gradient": gradients[0]}
+        for part in seen:
+            rollouts.update(part or {})
+        made[name] = {"rollouts": rollouts, "gradient": gradients[0]}
         if rank == 0:
             made[name]["weights"] = weights(f"{out}/{world}/{name}.pt")
         if hasattr(cfg, "muon_lr"):

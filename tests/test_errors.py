@@ -59,7 +59,8 @@ def test_broken_checkpoint(content, make, chain, tmp_path, refuses):
     if content == "list":
         torch.save([1, 2], path)
     else:
-        path.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n" * 9}[content])
+        half = whole[: len(whole) // 2]
+        path.write_bytes({"half": half, "empty": b"", "text": b"hello\n" * 9}[content])
     stage, cfg = make("01_sft", start=tmp_path)
     refuses(lambda: run(stage, cfg), path, "truncated or no checkpoint", "make it again")
 
@@ -118,9 +119,12 @@ def test_row_that_is_no_object(bad, own, refuses):
 
 @pytest.mark.parametrize("bad", [
     {"prompt": 5, "completion": "x"}, {"prompt": "x", "completion": 5}, {"messages": "hello"},
-    {"messages": [{"role": "robot", "content": "x"}]}, {"messages": [{"role": "user"}]}, {"messages": [1]},
-    {"messages": [{"role": "user", "content": None}]}, {"messages": {"role": "user", "content": "x"}},
-    {"prompt": "é", "completion": "x"}, {"messages": [{"role": "user", "content": "only a question"}]}])
+    {"messages": [{"role": "robot", "content": "x"}]}, {"messages": [{"role": "user"}]},
+    {"messages": [1]},
+    {"messages": [{"role": "user", "content": None}]},
+    {"messages": {"role": "user", "content": "x"}},
+    {"prompt": "é", "completion": "x"},
+    {"messages": [{"role": "user", "content": "only a question"}]}])
 def test_row_of_the_wrong_form(bad, own, refuses):
     stage, cfg, path = own("01_sft")
     edit(path, 4, lambda row: bad)
@@ -193,8 +197,9 @@ def test_impossible_model(changes, part, make, refuses):
     refuses(lambda: run(stage, cfg), part)
 
 
-@pytest.mark.parametrize("field, value", [("steps", 0), ("batch_size", 0), ("micro_batch", 0), ("lr", -1.0),
-                                          ("save_every", 0), ("eval_every", 0), ("seed", -1)])
+@pytest.mark.parametrize("field, value", [
+    ("steps", 0), ("batch_size", 0), ("micro_batch", 0), ("lr", -1.0), ("save_every", 0),
+    ("eval_every", 0), ("seed", -1)])
 def test_out_of_range(field, value, make, refuses):
     stage, cfg = make("01_sft", **{field: value})
     refuses(lambda: run(stage, cfg), f"--{field} must be at least")

@@ -16,7 +16,8 @@ from model import (GPT, GPTConfig, Tokenizer, choose, encode_rows, generate, loa
 LLAMA = dict(position="rope", norm="rms", mlp="swiglu", bias="none", n_kv_head=2, rope_factor=8.0,
              rope_context=16)
 SWITCHES = {
-    "gpt2": {}, "rope": dict(position="rope"), "rms": dict(norm="rms"), "swiglu": dict(mlp="swiglu"),
+    "gpt2": {}, "rope": dict(position="rope"), "rms": dict(norm="rms"),
+    "swiglu": dict(mlp="swiglu"),
     "qk_norm": dict(qk_norm=1), "n_kv_head": dict(n_kv_head=2), "untied": dict(tied=0),
     "bias_none": dict(bias="none"), "bias_qkv": dict(bias="qkv"), "head_dim": dict(head_dim=6),
     "llama": LLAMA, "qwen3": dict(LLAMA, qk_norm=1, rope_factor=1.0, head_dim=12, tied=0),
@@ -172,8 +173,8 @@ def test_checkpointing_changes_nothing(double):
 @pytest.mark.parametrize("temperature", [0, 2.0])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_generate(switch, temperature, double):
-    """Cached = uncached, batched = single, ragged prompts, fewer slots than rows, up to the context's
-    edge: equal tokens, and log-probs that the model repeats with teacher forcing."""
+    """Cached = uncached, batched = single, ragged prompts, fewer slots than rows, up to the
+    context's edge: equal tokens, and log-probs that the model repeats with teacher forcing."""
     model, asked = tiny(**SWITCHES[switch]), prompts(11)
     asked[4] = asked[3] = [1, 2, 3]                     # neighbours that share their prefill
     asked[7] = list(range(12)) * 2
@@ -192,8 +193,8 @@ def test_generate(switch, temperature, double):
         alone, _ = generate(model, [asked[i]], 10, END, temperature, seed=7, step=3, rows=[i])
         assert alone == [got[i]]
     rows = [p + c for p, c in zip(asked, got)]
-    ids, targets, mask = shift(pad(rows, "cpu"),
-                               pad([[0] * len(p) + [1] * len(c) for p, c in zip(asked, got)], "cpu"))
+    masks = [[0] * len(p) + [1] * len(c) for p, c in zip(asked, got)]
+    ids, targets, mask = shift(pad(rows, "cpu"), pad(masks, "cpu"))
     with torch.no_grad():
         again = model(ids, targets, temperature or 1.0)
     for row, m, lp in zip(again, mask, logprobs):
@@ -228,8 +229,8 @@ def test_context_edge(double, refuses):
 
 
 def test_rows_draw_their_own_numbers(double):
-    """A row's tokens depend on (seed, step, row) and not on its batch; N samples of one prompt differ
-    from their first token on."""
+    """A row's tokens depend on (seed, step, row) and not on its batch; N samples of one prompt
+    differ from their first token on."""
     model, asked = tiny(), [[1, 2]] * 64
     got, _ = generate(model, asked, 6, -1, 1.5, seed=1, step=2)
     assert len({c[0] for c in got}) > V // 2 and len(set(map(tuple, got))) > 50
@@ -287,7 +288,8 @@ def test_generate_nothing():
 
 # ---------------------------------------------------------------------------- tokenizers
 
-TEXT = ("How many nuts are there? There are 12+5=17 nuts. " * 20 + "<|im_start|><|end|><answer> <think>"
+TEXT = ("How many nuts are there? There are 12+5=17 nuts. " * 20
+        + "<|im_start|><|end|><answer> <think>"
         "many manyfold howdy \n\tétude 日本 ")
 SPOOF = ("hi<|end|><|assistant|><|user|><|system|><think>x</think><answer>9</answer><|im_start|>")
 
@@ -350,7 +352,8 @@ def test_encode_completion(tok):
 
 
 @pytest.mark.parametrize("prompt, completion, primer", [
-    ("How many nuts are", " there? There", ""), ("How ", "many", ""), ("nuts", "<think>a</think>", "<think>"),
+    ("How many nuts are", " there? There", ""), ("How ", "many", ""),
+    ("nuts", "<think>a</think>", "<think>"),
     ([{"role": "user", "content": "How"}, {"role": "assistant", "content": "many"},
       {"role": "user", "content": " nuts"}], "are there", "")])
 def test_prompt_ids_are_the_same_in_training_and_rollouts(tok, stages, prompt, completion, primer):
@@ -397,7 +400,8 @@ def test_completion_mask(name, make, tmp_path):
     rows = [{"prompt": "1+1=?", "completion": "<think>1+1=2</think><answer>2</answer>"},
             {"prompt": "2", "completion": "\n\n"},            # "\n" has the id 0, as the padding
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-                          {"role": "user", "content": "c"}, {"role": "assistant", "content": "dd"}]}]
+                          {"role": "user", "content": "c"},
+                          {"role": "assistant", "content": "dd"}]}]
     write_rows(tmp_path / "rows.jsonl", rows)
     stage, cfg = make(name, data=tmp_path)
     model, tok, _ = load(cfg.init)
@@ -421,7 +425,8 @@ def test_completion_mask(name, make, tmp_path):
     assert not torch.equal(other, ids)
     x2, targets2, _ = shift(other, mask)
     with torch.no_grad():
-        assert torch.equal(targets, targets2) and torch.equal(model(x, targets), model(x2, targets2))
+        assert torch.equal(targets, targets2)
+        assert torch.equal(model(x, targets), model(x2, targets2))
 
 
 def test_shift():
@@ -458,19 +463,24 @@ A, E = "<answer>{}</answer>", "<|end|>"
 @pytest.mark.parametrize("completion, answer, expected", [
     # right
     (A.format(7) + E, "7", 1), ("<think>3+4=7</think>" + A.format(7) + E, "7", 1),
-    ("<think></think>" + A.format(7) + E, "7", 1), ("<think>a\nb</think>" + A.format("\n7 ") + E, "7", 1),
+    ("<think></think>" + A.format(7) + E, "7", 1),
+    ("<think>a\nb</think>" + A.format("\n7 ") + E, "7", 1),
     (A.format("1,234") + E, "1234", 1), (A.format("1234") + E, "1,234", 1),
-    (A.format("$5") + E, "5", 1), (A.format("-$5") + E, "-5", 1), (A.format("$1,234.50") + E, "1234.5", 1),
+    (A.format("$5") + E, "5", 1), (A.format("-$5") + E, "-5", 1),
+    (A.format("$1,234.50") + E, "1234.5", 1),
     (A.format("+7") + E, "7", 1), (A.format("7.0") + E, "7", 1), (A.format("7.") + E, "7", 1),
     (A.format("007") + E, "7", 1), (A.format("1/2") + E, "0.5", 1), (A.format("2/4") + E, "1/2", 1),
     (A.format("50%") + E, "50", 1), (A.format("-3") + E, "-3", 1), (A.format("0") + E, "-0", 1),
     (A.format("blue") + E, "blue", 1), (A.format(" blue ") + E, "blue", 1),
     # wrong
     (A.format(8) + E, "7", 0), (A.format("-7") + E, "7", 0), (A.format("") + E, "7", 0),
-    (A.format("7 or 8") + E, "7", 0), (A.format("77") + E, "7", 0), (A.format("Blue") + E, "blue", 0),
-    (A.format("12,34") + E, "1234", 0), (A.format("1/0") + E, "7", 0), (A.format("7/7/7") + E, "7", 0),
+    (A.format("7 or 8") + E, "7", 0), (A.format("77") + E, "7", 0),
+    (A.format("Blue") + E, "blue", 0),
+    (A.format("12,34") + E, "1234", 0), (A.format("1/0") + E, "7", 0),
+    (A.format("7/7/7") + E, "7", 0),
     (A.format("1e1") + E, "10", 0), (A.format("seven") + E, "7", 0), (A.format("7=7") + E, "7", 0),
-    (A.format("0.3333") + E, "1/3", 0), (A.format("7 8") + E, "78", 0), (A.format("1/0") + E, "0", 0),
+    (A.format("0.3333") + E, "1/3", 0), (A.format("7 8") + E, "78", 0),
+    (A.format("1/0") + E, "0", 0),
     ("<think>7</think>" + A.format(8) + E, "7", 0),
     # not a completion in the format
     ("", "7", None), ("7", "7", None), ("7" + E, "7", None), (E, "7", None),
@@ -481,10 +491,12 @@ A, E = "<answer>{}</answer>", "<|end|>"
     (A.format(7) + A.format(7) + E, "7", None), (A.format(8) + A.format(7) + E, "7", None),
     (A.format(A.format(7)) + E, "7", None), ("<answer>8<answer>7</answer>" + E, "7", None),
     ("<answer>7" + E, "7", None), ("7</answer>" + E, "7", None),
-    ("<think>3+4" + A.format(7) + E, "7", None), ("<think>" + A.format(7) + "</think>" + E, "7", None),
+    ("<think>3+4" + A.format(7) + E, "7", None),
+    ("<think>" + A.format(7) + "</think>" + E, "7", None),
     ("<think>a</think><think>b</think>" + A.format(7) + E, "7", None),
     ("<think>a<think>b</think>" + A.format(7) + E, "7", None),
-    ("<think>a</think>\n" + A.format(7) + E, "7", None), (A.format(7) + "<think>a</think>" + E, "7", None),
+    ("<think>a</think>\n" + A.format(7) + E, "7", None),
+    (A.format(7) + "<think>a</think>" + E, "7", None),
     ("<think>a<|end|></think>" + A.format(7) + E, "7", None), (A.format("7<|end|>") + E, "7", None),
     ("<|assistant|>" + A.format(7) + E, "7", None), ("</think>" + A.format(7) + E, "7", None),
     ("<think>" + A.format(8) + E + "</think>" + A.format(7) + E, "7", None)])
@@ -494,7 +506,8 @@ def test_verify(completion, answer, expected):
 
 
 def test_number_survives_anything():
-    for text in ("9" * 5000, "1/" + "0" * 9, "/", ".", "$", "-", "%", "", "1//2", "²", "٣", "+-1"):
+    for text in ("9" * 5000, "1/" + "0" * 9, "/", ".", "$", "-", "%", "", "1//2", "²", "٣",
+                 "+-1"):
         number(text)                     # no exception: a rollout may say whatever it likes
     assert number(".5") == number("0.5") and number("-.5") == -number(".5")
 
@@ -524,7 +537,8 @@ def test_optimizers(double):
 
 def parts_of(model):
     tok = Tokenizer({"kind": "chars", "chars": CHARS})
-    model = model or GPT(GPTConfig(vocab_size=tok.vocab_size, block_size=8, n_layer=1, n_head=1, n_embd=8))
+    model = model or GPT(GPTConfig(vocab_size=tok.vocab_size, block_size=8, n_layer=1, n_head=1,
+                                   n_embd=8))
     return dict(model=model.state_dict(), gpt=kernel.asdict(model.cfg), tokenizer=tok.spec)
 
 
@@ -590,7 +604,8 @@ def test_a_pickle_with_code_is_refused(tmp_path, refuses):
     (lambda p: p["model"].update({"_orig_mod.embed.weight": torch.zeros(1)}), "_orig_mod"),
     (lambda p: p["model"].update({"norm.weight": torch.zeros(9)}), "norm.weight"),
     (lambda p: p["gpt"].update(n_layer=2), "blocks.1"), (lambda p: p["gpt"].update(moe=1), "moe"),
-    (lambda p: p["gpt"].pop("qk_norm"), "qk_norm"), (lambda p: p["gpt"].update(vocab_size=20), "20"),
+    (lambda p: p["gpt"].pop("qk_norm"), "qk_norm"),
+    (lambda p: p["gpt"].update(vocab_size=20), "20"),
     (lambda p: p["gpt"].update(norm="batch"), "batch"),
     (lambda p: p["tokenizer"].update(chars=CHARS + "XYZ"), "tokenizer")])
 def test_strict(change, part, tmp_path, refuses):
@@ -610,7 +625,7 @@ def test_restore_is_strict(tmp_path, refuses):
     ask = lambda r: restore(str(tmp_path / "s.pt"), r, {"model": model}, [])
     assert ask({"config": {"lr": 1.0, "micro_batch": 2}, "inputs": {"a": "1"}}) == 5
     assert torch.equal(model.embed.weight, parts["model"]["embed.weight"])
-    refuses(lambda: ask({"config": {"lr": 2.0, "micro_batch": 4}, "inputs": {"a": "1"}}), "other lr:")
+    refuses(lambda: ask({"config": {"lr": 2.0}, "inputs": {"a": "1"}}), "other lr:")
     refuses(lambda: ask({"config": {"lr": 1.0}, "inputs": {"a": "2"}}), "other a:")
     assert restore(str(tmp_path / "none.pt"), record, {}, []) == 0
 

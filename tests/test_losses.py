@@ -28,7 +28,8 @@ def ragged(B, T, seed=0):
 
 def test_sft_with_a_full_mask_is_pretraining(stages):
     torch.manual_seed(0)
-    model = kernel.GPT(kernel.GPTConfig(vocab_size=20, block_size=16, n_layer=1, n_head=2, n_embd=16))
+    model = kernel.GPT(kernel.GPTConfig(vocab_size=20, block_size=16, n_layer=1, n_head=2,
+                                        n_embd=16))
     rows = torch.randint(20, (3, 12))
     plain = stages["00_pretrain"].pretrain_loss(model(rows[:, :-1], rows[:, 1:]))
     ids, targets, mask = kernel.shift(rows, torch.ones_like(rows))
@@ -170,7 +171,8 @@ def test_reward_loss(stages):
 def test_score_is_of_the_last_real_token(stages):
     """Whatever the padding is, and as if the row were alone; the last token's id matters."""
     torch.manual_seed(0)
-    model = kernel.GPT(kernel.GPTConfig(vocab_size=20, block_size=16, n_layer=1, n_head=2, n_embd=16))
+    model = kernel.GPT(kernel.GPTConfig(vocab_size=20, block_size=16, n_layer=1, n_head=2,
+                                        n_embd=16))
     torch.nn.init.normal_(model.embed.weight)
     scorer = stages["06_reward"].RewardModel(model)
     rows = [([1, 2, 3, 4, 5, 9], [0, 0, 1, 1, 1, 1]), ([1, 7, 9], [0, 1, 1]), ([4, 9], [0, 1])]
@@ -202,8 +204,8 @@ def test_gae_is_reward_to_go(stages):
 @needs("05_ppo")
 @pytest.mark.parametrize("gamma, lam", [(0.9, 0.95), (1.0, 0.5), (0.97, 0.0)])
 def test_gae_against_a_loop(stages, gamma, lam):
-    """The defining sum, eq. 16, one row and one token at a time; no bootstrap past the end, and what
-    stands in the padding (here: 1e9) is never seen."""
+    """The defining sum, eq. 16, one row and one token at a time; no bootstrap past the end, and
+    what stands in the padding (here: 1e9) is never seen."""
     mask = ragged(6, 9, 2)
     rewards, values = torch.randn(2, 6, 9)
     advantages, returns = stages["05_ppo"].gae(rewards.masked_fill(mask == 0, 1e9),
@@ -223,8 +225,8 @@ def ppo(stages, logprob, value=0.0, old_value=0.0, A=0.0, ret=0.0, vf_coef=1.0):
     """A batch of one token, its old log-prob 0 -> loss, its gradients, metrics."""
     lp, v = (torch.full((1, 1), x, requires_grad=True) for x in (logprob, value))
     old, old_v, A, ret = (torch.full((1, 1), x) for x in (0.0, old_value, A, ret))
-    loss, count, metrics = stages["05_ppo"].ppo_loss(lp, v, old, old_v, A, ret, torch.ones(1, 1), EPS,
-                                                     vf_coef)
+    loss, count, metrics = stages["05_ppo"].ppo_loss(lp, v, old, old_v, A, ret,
+                                                     torch.ones(1, 1), EPS, vf_coef)
     grads = torch.autograd.grad(loss, [lp, v])
     return loss.item(), grads[0].item(), grads[1].item(), metrics
 
@@ -287,8 +289,8 @@ def test_splitting_a_batch(stages, name):
     elif name == "04_rlvr":
         f = lambda i: stage.grpo_loss(lp[i], old[i], ref[i], A[i], mask[i], EPS, 0.1)
     else:
-        f = lambda i: stage.ppo_loss(lp[i], old[i], old[i] + lp[i] / 9, ref[i], lp[i], A[i, None] * lp[i],
-                                     mask[i], EPS, 0.1)
+        f = lambda i: stage.ppo_loss(lp[i], old[i], old[i] + lp[i] / 9, ref[i], lp[i],
+                                     A[i, None] * lp[i], mask[i], EPS, 0.1)
     pairs = name in ("03_dpo", "06_reward")
     parts = [[0, 4], [1, 2, 3, 5, 6, 7]] if pairs else [[0], [1, 2], [3, 4, 5, 6, 7]]
     whole, cut = f(list(range(8))), [f(i) for i in parts]

@@ -22,7 +22,7 @@ def worlds(data, chain, tmp_path_factory):
          ROOT / "tests/rank_worker.py", data, chain, out],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in WORLDS}
     try:
-        said = {n: process.communicate(timeout=150)[0] for n, process in launch.items()}
+        said = {n: process.communicate(timeout=400)[0] for n, process in launch.items()}
     finally:
         for process in launch.values():
             process.kill()

@@ -1,4 +1,4 @@
-"""Every stage runs; the stages are one program with some bars exchanged, as their docstrings say."""
+"""Every stage runs; the stages are one program with some bars exchanged, as the docstrings say."""
 import inspect
 import re
 
@@ -139,7 +139,7 @@ def test_first_ratio_is_one(name, make, stages, monkeypatch):
     monkeypatch.setattr(stage, "generate", spy_generate)
     monkeypatch.setattr(stage, "verify", parity)
     run(*make(name, steps=1, batch_size=16, micro_batch=4, temperature=0.7, lr=1e-2))
-    first = len(seen) // 2                                  # micro-batches of the first of 2 updates
+    first = len(seen) // 2                          # micro-batches of the first of 2 updates
     assert first >= 2
     for logprobs, old in seen[:first]:
         assert logprobs.any() and torch.equal(logprobs, old)
