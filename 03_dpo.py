@@ -176,7 +176,8 @@ def update(cfg, step, ddp, optimizers, batches, objective):
             with autocast(batch[0].device):
                 loss, count, metrics = objective(*batch)
             loss.backward()
-        total.update({k: float(v) for k, v in dict(metrics, loss=loss.detach(), count=count).items()})
+        metrics |= {"loss": loss.detach(), "count": count}
+        total.update({k: float(v) for k, v in metrics.items()})
     total = all_sum(**total)
     count = max(total.pop("count"), 1)
     weights = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
@@ -184,8 +185,8 @@ def update(cfg, step, ddp, optimizers, batches, objective):
         p.grad.mul_(world / count)         # DDP averaged over the ranks: make it a sum again
     norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip))
     if not math.isfinite(total["loss"] + norm):
-        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing was "
-             f"updated and what {cfg.out} holds is intact. Lower --lr; then delete "
+        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing "
+             f"was updated and what {cfg.out} holds is intact. Lower --lr; then delete "
              f"{cfg.out}/{NAME}.state.pt or choose another --out")
     for opt in optimizers:
         for g in opt.param_groups:

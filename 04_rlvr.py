@@ -1,7 +1,7 @@
 """04_rlvr.py: imitation copies the mixture it is shown; a verifier finds out which traces pay.
 
     r_i         = 1 if the verifier accepts completion i, else 0
-    advantage_i = (r_i - mean r) / std r           over the group of one prompt; 0 if all r are equal
+    advantage_i = (r_i - mean r) / std r         over the group of one prompt; 0 if all r are equal
     ratio_t     = p(o_t) / p_old(o_t)
     loss = - mean_i mean_t [ min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) - beta kl_t ]
     kl_t        = exp(d) - d - 1,  d = log p_ref(o_t) - log p(o_t)        (k3)
@@ -70,7 +70,7 @@ def read(cfg, name, tokenizer, model):
 
 
 def rollout(cfg, model, tokenizer, prompts, step, rank, world):
-    """This rank's P prompts -> rollouts [(ids, completion_mask)] (P x G), rewards (P, G), metrics."""
+    """This rank's P prompts -> rollouts [(ids, completion_mask)] (P x G), rewards (P, G), metrics"""
     G = cfg.group_size
     numbers = [(i * world + rank) * G + g for i in range(len(prompts)) for g in range(G)]
     asked = [prompt for prompt in prompts for _ in range(G)]
@@ -225,7 +225,8 @@ def update(cfg, step, ddp, optimizers, batches, objective):
             with autocast(batch[0].device):
                 loss, count, metrics = objective(*batch)
             loss.backward()
-        total.update({k: float(v) for k, v in dict(metrics, loss=loss.detach(), count=count).items()})
+        metrics |= {"loss": loss.detach(), "count": count}
+        total.update({k: float(v) for k, v in metrics.items()})
     total = all_sum(**total)
     count = max(total.pop("count"), 1)
     weights = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
@@ -233,8 +234,8 @@ def update(cfg, step, ddp, optimizers, batches, objective):
         p.grad.mul_(world / count)         # DDP averaged over the ranks: make it a sum again
     norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip))
     if not math.isfinite(total["loss"] + norm):
-        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing was "
-             f"updated and what {cfg.out} holds is intact. Lower --lr; then delete "
+        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing "
+             f"was updated and what {cfg.out} holds is intact. Lower --lr; then delete "
              f"{cfg.out}/{NAME}.state.pt or choose another --out")
     for opt in optimizers:
         for g in opt.param_groups:

@@ -1,6 +1,6 @@
 """05_ppo.py: where nothing can be verified, a model of people's preferences judges instead.
 
-    reward_t = score(x, y) at y's last token - beta * (log p_old(y_t) - log p_ref(y_t)) at each token
+    reward_t = score(x, y) at y's last token - beta (log p_old(y_t) - log p_ref(y_t)) at each token
     delta_t  = reward_t + gamma V_{t+1} - V_t;  advantage_t = delta_t + gamma lam advantage_{t+1}
     ratio_t  = p(y_t) / p_old(y_t);  return_t = advantage_t + V_t
     loss = mean over tokens of - min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
@@ -289,7 +289,8 @@ def update(cfg, step, ddp, optimizers, batches, objective):
             with autocast(batch[0].device):
                 loss, count, metrics = objective(*batch)
             loss.backward()
-        total.update({k: float(v) for k, v in dict(metrics, loss=loss.detach(), count=count).items()})
+        metrics |= {"loss": loss.detach(), "count": count}
+        total.update({k: float(v) for k, v in metrics.items()})
     total = all_sum(**total)
     count = max(total.pop("count"), 1)
     weights = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
@@ -297,8 +298,8 @@ def update(cfg, step, ddp, optimizers, batches, objective):
         p.grad.mul_(world / count)         # DDP averaged over the ranks: make it a sum again
     norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip))
     if not math.isfinite(total["loss"] + norm):
-        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing was "
-             f"updated and what {cfg.out} holds is intact. Lower --lr; then delete "
+        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing "
+             f"was updated and what {cfg.out} holds is intact. Lower --lr; then delete "
              f"{cfg.out}/{NAME}.state.pt or choose another --out")
     for opt in optimizers:
         for g in opt.param_groups:

@@ -1,6 +1,6 @@
 """model.py: the kernel. One GPT, its tokenizers, rollouts, verifier and checkpoints.
 
-Every stage imports this file and no other, and none of them changes it. Read it one section at a time:
+Every stage imports this file and no other, and none of them changes it. One section at a time:
 
     errors        one clear line instead of a traceback
     tokenizers    characters, tiktoken's gpt2, a Hugging Face tokenizer.json; the chat template
@@ -35,7 +35,8 @@ def fail(message, code=2):
 
 
 LEAST = dict(steps=1, batch_size=1, micro_batch=1, eval_every=1, save_every=1, warmup=0, lr=0,
-             grad_clip=0, group_size=2, minibatches=1, epochs=1, max_new=1, temperature=1e-3)
+             grad_clip=0, group_size=2, minibatches=1, epochs=1, max_new=1, temperature=1e-3,
+             eval_rows=1, seed=0)
 
 
 # ---------------------------------------------------------------------------- tokenizers
@@ -49,7 +50,7 @@ class Tokenizer:
     {"kind": "chars", "chars": "..."}, {"kind": "tiktoken", "name": "gpt2"} or
     {"kind": "json", "json": {a Hugging Face tokenizer.json}}. The tags get the ids after the base.
 
-    `encode` never yields a tag, whatever the text says; only `encode_completion` and the template do.
+    `encode` never yields a tag, whatever the text says; `encode_completion` and the template do.
     """
 
     def __init__(self, spec):
@@ -63,8 +64,8 @@ class Tokenizer:
             try:
                 self.bpe = tiktoken.get_encoding(spec["name"])
             except Exception as e:
-                fail(f"tiktoken cannot load {spec['name']!r} ({type(e).__name__}): it downloads its "
-                     "files once; go online, or set TIKTOKEN_CACHE_DIR to a folder that has them")
+                fail(f"tiktoken cannot load {spec['name']!r} ({type(e).__name__}): it downloads "
+                     "its files once; go online, or set TIKTOKEN_CACHE_DIR to a folder that has them")
             base = self.bpe.n_vocab
         elif kind == "json":
             import tokenizers
@@ -78,7 +79,7 @@ class Tokenizer:
         self.end = self.tags["<|end|>"]
 
     def encode(self, text):
-        """Plain text -> ids. Tags written out in `text` stay text. ValueError on unknown characters."""
+        """Plain text -> ids; tags in it stay text. ValueError on unknown characters."""
         if self.kind == "chars":
             try:
                 return [self.index[c] for c in text]
@@ -108,7 +109,7 @@ class Tokenizer:
                            else self.hf.decode(plain, skip_special_tokens=False))
                 plain = []
             if i is not None:
-                out.append(TAGS[i - self.base] if i < self.vocab_size else "")  # padding of the vocabulary
+                out.append(TAGS[i - self.base] if i < self.vocab_size else "")   # padding ids
         return "".join(out)
 
     def chat(self, messages):
@@ -150,7 +151,7 @@ def load_tokenizer(path):
 
 # ---------------------------------------------------------------------------- rows
 
-inputs = {}   # every file that this process has read -> its hash; travels in the checkpoint's record
+inputs = {}   # every file that this process has read -> its hash, for the checkpoint's record
 
 
 def read_bytes(path, made_by=""):
@@ -187,7 +188,8 @@ def read_rows(path, *keys):
         except ValueError as e:
             fail(f"{path}, line {n}: not JSON ({e}); every line is one object")
         for key in keys:
-            if not isinstance(row, dict) or not any(row.get(k) for k in key.split("|")):
+            if not isinstance(row, dict) or all(
+                    row.get(k) in (None, "", []) for k in key.split("|")):
                 fail(f"{path}, line {n}: no {key.replace('|', ' or ')!r}, or empty; "
                      f"a row here needs {', '.join(keys)}")
         rows.append(row)
@@ -206,7 +208,8 @@ def encode_rows(rows, path, encode, block_size):
         try:
             items = encode(row)
         except (ValueError, KeyError, TypeError) as e:
-            fail(f"{path}, row {n}: {e if isinstance(e, ValueError) else 'not in the format: ' + repr(e)}")
+            what = e if isinstance(e, ValueError) else f"not in the format: {e!r}"
+            fail(f"{path}, row {n}: {what}")
         if max(len(ids) for ids, _ in items) > block_size:
             dropped += 1
         else:
@@ -215,12 +218,12 @@ def encode_rows(rows, path, encode, block_size):
         print(f"{path}: {dropped} of {len(rows)} rows are longer than the context of {block_size} "
               "tokens and were dropped", flush=True)
     if not kept:
-        fail(f"{path}: no row fits the context of {block_size} tokens; use a model with a longer one")
+        fail(f"{path}: no row fits the context of {block_size} tokens; use a longer one")
     return kept
 
 
 def read_tokens(path, tokenizer):
-    """A .bin of ids -> np.memmap. The id width follows the vocabulary, as the preparers write it."""
+    """A .bin of ids -> np.memmap. The vocabulary decides the ids' width, as in data/."""
     if not os.path.isfile(path):
         fail(f"{path} is missing: run {prepares(path)} first")
     dtype = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
@@ -370,7 +373,7 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.k[layer, :B, :, :T], cache.v[layer, :B, :, :T] = k, v
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups)
-        else:                                                   # one token a row, each at its own place
+        else:                                                   # one token a row, at its own place
             rows, position, mask = at
             cache.k[layer, rows, :, position] = k[:, :, 0]
             cache.v[layer, rows, :, position] = v[:, :, 0]
@@ -451,7 +454,8 @@ class GPT(nn.Module):
         if self.cfg.position == "learned":
             x = x + self.positions(place)
         else:                                                   # (T, d/2) or (B, 1, 1, d/2)
-            rope = [t[place] if position is None else t[place][:, None] for t in (self.cos, self.sin)]
+            place = place if position is None else place[:, None]
+            rope = [t[place] for t in (self.cos, self.sin)]
         for i, block in enumerate(self.blocks):
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, rope, None, i, None, use_reentrant=False)
@@ -525,9 +529,11 @@ def choose(logits, u, temperature, top_p=1.0):
             outside = ordered.cumsum(-1) - ordered >= top_p
             probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0)
         cdf = probs.cumsum(-1)
-        # u < 1 and the strict search never land on a token of probability 0
-        token = torch.searchsorted(cdf, u[:, None].to(cdf.dtype) * cdf[:, -1:], right=True)[:, 0]
-        token = token.clamp(max=logits.shape[-1] - 1)
+        total = cdf[:, -1:]         # u below 1 may round up to it: the search would pass the end
+        below = total.nextafter(torch.zeros_like(total))
+        at = torch.minimum(u[:, None].to(cdf.dtype) * total, below)
+        token = torch.searchsorted(cdf, at, right=True)[:, 0]       # never one of probability 0
+        token = token.clamp(max=logits.shape[-1] - 1)          # NaN logits: the loss reports them
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 
@@ -550,7 +556,7 @@ def generate(model, prompts, max_new, end, temperature=1.0, seed=0, step=0, rows
     S, was_training = min(N, slots), model.training
     model.eval()
     with autocast(device):
-        like = model.blocks[0].attention.k(model.embed.weight[:1])     # the dtype of keys and values
+        like = model.blocks[0].attention.k(model.embed.weight[:1])   # the dtype of keys and values
     cache = KVCache(model.cfg, S, min(T_max, longest + max_new), like)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     limit = (T_max - lengths).clamp(max=max_new)
@@ -636,7 +642,7 @@ def number(text):
     """"$1,234.50", "1/2", "-7." -> Fraction; None if it is not one number."""
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip()).removesuffix(".").removesuffix("%")
     text = re.sub(r"^([+-]?)\s*\$\s*", r"\1", text).strip()
-    if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(/\d+)?", text):
+    if len(text) > 100 or not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(/\d+)?", text, re.ASCII):
         return None
     top, _, bottom = text.partition("/")
     if bottom and not int(bottom):
@@ -738,7 +744,7 @@ class Log:
             return
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         lines = [json.dumps({"config": asdict(cfg)})]
-        if first:                          # a resumed run continues the file at its step
+        if first and os.path.isfile(path):         # a resumed run continues the file at its step
             with open(path) as f:
                 old = [line for line in f.read().splitlines()[1:] if line.endswith("}")]
             lines += [line for line in old if json.loads(line)["step"] < first]
@@ -749,7 +755,8 @@ class Log:
             return
         with open(self.path, "a") as f:
             f.write(json.dumps({"step": step, **metrics}) + "\n")
-        if (step + 1) % max(1, self.steps // 40) and step > self.first and "val_loss" not in metrics:
+        seldom = (step + 1) % max(1, self.steps // 40) and step > self.first
+        if seldom and "val_loss" not in metrics:
             return                         # some forty lines on the screen; the file has every step
         left = (time.monotonic() - self.begun) / (step + 1 - self.first) * (self.steps - step - 1)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
@@ -805,7 +812,7 @@ def restore(path, record, modules, optimizers):
 
 
 def save(path, **parts):
-    """Write a checkpoint atomically: whoever reads `path` sees the old file or the whole new one."""
+    """Write a checkpoint atomically: a reader of `path` sees the old file or the whole new one."""
     path, new = str(path), f"{path}.new"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
@@ -846,7 +853,8 @@ def load(path, device="cpu", made_by=""):
     tokenizer = Tokenizer(parts["tokenizer"])
     model = GPT(GPTConfig(**parts["gpt"])).to(device)
     if model.cfg.vocab_size < tokenizer.vocab_size:
-        fail(f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its model {model.cfg.vocab_size}")
+        fail(f"{path}: its tokenizer has {tokenizer.vocab_size} ids, "
+             f"its model {model.cfg.vocab_size}")
     load_strict(model, parts.pop("model"), path)
     return model, tokenizer, parts
 

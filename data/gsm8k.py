@@ -7,10 +7,10 @@
         *.bin   question and solution as plain text, tiktoken's gpt2, for 00_pretrain.py
 
 The calculator marks go: a model that has no calculator should not learn to call one. One training
-row in twenty, by position, is val; the test file is only asked, never trained on. The published rows
-are Cobbe et al. 2021.
+row in twenty, by position, is val; the test file is only asked, never trained on. The rows are
+Cobbe et al. 2021.
 
-    python data/gsm8k.py --train train.jsonl --test test.jsonl        local files in the source's format
+    python data/gsm8k.py --train train.jsonl --test test.jsonl    local files, the source's format
     python data/gsm8k.py                                              from the Hub (openai/gsm8k)
 """
 import argparse
@@ -67,7 +67,8 @@ def main(train="", test="", hub="openai/gsm8k", out="out/data/gsm8k"):
         traced = [f"<think>{r['solution']}</think>{a}" for r, a in zip(rows, direct)]
         for kind, completions in (("sft", direct), ("cot", traced)):
             write_rows(out / f"{kind}_{split}.jsonl",
-                       [{"prompt": r["prompt"], "completion": c} for r, c in zip(rows, completions)])
+                       [{"prompt": r["prompt"], "completion": c}
+                        for r, c in zip(rows, completions)])
         ids = []
         for r in rows:
             ids += tokenizer.encode(f"{r['prompt']}\n{r['solution']}") + [tokenizer.end]

@@ -306,14 +306,15 @@ def test_shares(rows):
     for name, other in (("sft_train", 0.15), ("cot_train", 0.10)):
         math = [row for row in rows[name] if row["kind"] == "math"]
         assert abs(1 - len(math) / 16000 - other) < 0.02
-        assert all(n > 0.18 * len(math) for n in
-                   collections.Counter(row["steps"] for row in math).values())
+        ones = {"sft_train": 5 / 9, "cot_train": 1 / 5}[name]        # the rest evenly on 2-5
+        for steps, n in collections.Counter(row["steps"] for row in math).items():
+            assert abs(n / len(math) - (ones if steps == 1 else (1 - ones) / 4)) < 0.02
         ops = [op for row in math for op in read_question(row["prompt"])[1]]
         assert 0.25 < np.mean([op[0] in "*/" for op in ops]) < 0.45
         assert {row["kind"] for row in rows[name]} == {row["kind"] for row in rows["chat_test"]} | {
             "math"}
     math = [row for row in rows["cot_train"] if row["kind"] == "math"]
-    assert abs(np.mean([row["manner"] == "hasty" for row in math]) - 0.4) < 0.02
+    assert abs(np.mean([row["manner"] == "hasty" for row in math]) - 0.55) < 0.02
     for name in ("pairs_train", "pairs_val", "pairs_test"):
         count = collections.Counter(row["kind"] for row in rows[name])
         assert [count[kind] * 5 for kind in ("hasty", "skip", "wrong")] == [len(rows[name])] * 3
