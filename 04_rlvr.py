@@ -70,7 +70,7 @@ def read(cfg, name, tokenizer, model):
 
 
 def rollout(cfg, model, tokenizer, prompts, step, rank, world):
-    """This rank's P prompts -> rollouts [(ids, completion_mask)] (P x G), rewards (P, G), metrics"""
+    """This rank's P prompts -> rollouts [(ids, completion_mask)], rewards (P, G), metrics."""
     G = cfg.group_size
     numbers = [(i * world + rank) * G + g for i in range(len(prompts)) for g in range(G)]
     asked = [prompt for prompt in prompts for _ in range(G)]

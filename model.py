@@ -65,7 +65,7 @@ class Tokenizer:
                 self.bpe = tiktoken.get_encoding(spec["name"])
             except Exception as e:
                 fail(f"tiktoken cannot load {spec['name']!r} ({type(e).__name__}): it downloads "
-                     "its files once; go online, or set TIKTOKEN_CACHE_DIR to a folder that has them")
+                     "its files once; go online, or set TIKTOKEN_CACHE_DIR to a folder with them")
             base = self.bpe.n_vocab
         elif kind == "json":
             import tokenizers
