@@ -57,7 +57,8 @@ class Config:
 
 
 def windows(tokens, cfg, step):
-    """The (B, window + 1) ids of a step: a function of (seed, step), the same on every rank."""
+    """The (B, window + 1) ids of a step: a function of (seed, step), the same on every rank. They
+    begin anywhere: no text is cropped away, but some of it is read without its beginning."""
     high = len(tokens) - cfg.window
     starts = np.random.default_rng([cfg.seed, step]).integers(0, high, cfg.batch_size)
     return [tokens[i : i + cfg.window + 1].astype(np.int64) for i in starts]

@@ -146,7 +146,7 @@ def evaluate(cfg, scorer, objective, val, rank, world, device):
     count = total.pop("count")
     mean, square = (total.pop(k) / count for k in ("score", "score_square"))
     return {f"val_{k}": v / count for k, v in total.items()} | {
-        "val_mean": mean, "val_std": math.sqrt(square - mean ** 2)}
+        "val_mean": mean, "val_std": math.sqrt(max(square - mean ** 2, 1e-12))}
 
 
 # ---------------------------------------------------------------------------- frame

@@ -12,7 +12,7 @@ Every stage imports this file and no other, and none of them changes it. One sec
     ranks and log torchrun's ranks, sums over them, Ctrl-C, one line a step
     checkpoints   atomic, strict, without pickle execution
 """
-import hashlib, json, math, os, re, signal, sys, threading, time
+import atexit, hashlib, json, math, os, re, signal, sys, threading, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
@@ -192,7 +192,7 @@ def read_rows(path, *keys):
                     row.get(k) in (None, "", []) for k in key.split("|")):
                 fail(f"{path}, line {n}: no {key.replace('|', ' or ')!r}, or empty; "
                      f"a row here needs {', '.join(keys)}")
-        rows.append(row)
+        rows.append(row | {"line": n})
     if not rows:
         fail(f"{path} has no rows: run {prepares(path)} again")
     return rows
@@ -204,12 +204,12 @@ def encode_rows(rows, path, encode, block_size):
     Rows that are too long are dropped and counted, never cut: a cut completion would lose its end.
     """
     kept, dropped = [], 0
-    for n, row in enumerate(rows, 1):
+    for row in rows:
         try:
             items = encode(row)
         except (ValueError, KeyError, TypeError) as e:
             what = e if isinstance(e, ValueError) else f"not in the format: {e!r}"
-            fail(f"{path}, row {n}: {what}")
+            fail(f"{path}, line {row['line']}: {what}")
         if max(len(ids) for ids, _ in items) > block_size:
             dropped += 1
         else:
@@ -701,17 +701,19 @@ def ranks(device):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    interrupt.seen = False
+        atexit.register(dist.destroy_process_group)    # its threads must end before Python does
+    interrupt.seen = 0.0
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, interrupt)
     return rank, world, device
 
 
 def interrupt(*_):
-    """The first Ctrl-C lets the step finish, so that a resume can follow; the second does not."""
-    if interrupt.seen:
+    """The first Ctrl-C lets the step finish, so that a resume can follow; the second does not.
+    (torchrun hands one Ctrl-C on, so its ranks see two at once: these are one.)"""
+    if interrupt.seen and time.monotonic() > interrupt.seen + 1:
         raise SystemExit(130)
-    interrupt.seen = True
+    interrupt.seen = interrupt.seen or time.monotonic()
 
 
 def interrupted():
@@ -753,8 +755,11 @@ class Log:
     def __call__(self, step, **metrics):
         if self.quiet:
             return
-        with open(self.path, "a") as f:
-            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as e:
+            cannot_write(self.path, e)
         seldom = (step + 1) % max(1, self.steps // 40) and step > self.first
         if seldom and "val_loss" not in metrics:
             return                         # some forty lines on the screen; the file has every step
@@ -767,11 +772,19 @@ class Log:
 # ---------------------------------------------------------------------------- checkpoints
 
 
+def cannot_write(path, error):
+    fail(f"cannot write {path} ({error}); what was there before is intact. Free some space and "
+         "run the same command again")
+
+
 def write_text(path, text):
     """Atomic, as `save`."""
-    with open(f"{path}.new", "w") as f:
-        f.write(text)
-    os.replace(f"{path}.new", path)
+    try:
+        with open(f"{path}.new", "w") as f:
+            f.write(text)
+        os.replace(f"{path}.new", path)
+    except OSError as e:
+        cannot_write(path, e)
 
 
 NEUTRAL = {"device", "micro_batch", "save_every"}     # leave the result unchanged (up to rounding)
@@ -824,8 +837,7 @@ def save(path, **parts):
     except (OSError, RuntimeError) as e:
         if os.path.exists(new):
             os.remove(new)
-        fail(f"cannot save {path} ({e}); what was there before is intact. Free some space and "
-             "run the same command again")
+        cannot_write(path, e)
 
 
 def read_checkpoint(path, device="cpu", made_by=""):

@@ -44,7 +44,8 @@ def convert(rows, name):
         kept.append({"prompt": row["question"].strip(),
                      "solution": re.sub(r"<<.*?>>", "", body).strip(),
                      "answer": answer.strip().replace(",", ""), "steps": body.count("<<")})
-    print(f"{name}: {len(rows)} rows read, {len(kept)} kept, {dropped} dropped (no '####' answer)")
+    print(f"{name}: {len(rows)} rows read, {len(kept)} kept, {dropped} dropped (no '####' answer, "
+          "or a tag in the text)")
     if not kept:
         fail(f"{name}: no row has an answer after '####'; is this GSM8K's format?")
     return kept

@@ -449,7 +449,7 @@ def test_sample_rows(n, k):
 
 
 def test_long_rows_are_dropped_whole(capsys):
-    rows = [{"n": n} for n in (3, 9, 5, 6)]
+    rows = [{"n": n, "line": 1} for n in (3, 9, 5, 6)]
     kept = encode_rows(rows, "some.jsonl", lambda row: [([1] * row["n"], [1] * row["n"])], 5)
     assert [len(pairs[0][0]) for pairs in kept] == [3, 5]
     assert "some.jsonl: 2 of 4 rows" in capsys.readouterr().out
@@ -583,7 +583,7 @@ def test_disk_full(tmp_path, refuses):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
-    refuses(full, path, "cannot save", "intact")
+    refuses(full, path, "cannot write", "intact")
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
 
