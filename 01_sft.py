@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from model import (LEAST, Log, all_sum, autocast, encode_rows, fail, inputs, interrupted, load,
-                   make_optimizers, pad, ranks, read_rows, restore, sample_rows, save, shift,
-                   skip_if_done, split, turns, wrap)
+from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs,
+                   interrupted, load, make_optimizers, pad, ranks, read_rows, restore, sample_rows,
+                   save, shift, skip_if_done, turns, wrap)
 
 # ---------------------------------------------------------------------------- config
 
@@ -33,7 +33,7 @@ class Config:
     out: str = "out/toy"
     steps: int = 600
     batch_size: int = 64        # rows a step, over all ranks
-    micro_batch: int = 64       # rows a rank holds at once
+    micro_batch: int = 16       # rows a rank holds at once
     lr: float = 2e-3            # AdamW: embeddings, norms, biases
     muon_lr: float = 0.02       # Muon: the blocks' matrices; 0 gives them to AdamW
     warmup: int = 10
@@ -95,7 +95,7 @@ def main(cfg):
 
     for step in range(first, cfg.steps):
         rows = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
-        batches = [collate(b, device) for b in split(rows[rank::world], cfg.micro_batch)]
+        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
         metrics = update(cfg, step, ddp, optimizers, batches, objective)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             metrics |= evaluate(cfg, model, val, rank, world, device)
@@ -110,7 +110,7 @@ def main(cfg):
 def evaluate(cfg, model, val, rank, world, device):
     """Loss a completion token on the held-out rows, sharded over ranks."""
     total = Counter(loss=0.0, count=0)
-    for rows in split(val[rank::world], cfg.micro_batch):
+    for rows in by_length(val[rank::world], cfg.micro_batch):
         ids, targets, mask = shift(*collate(rows, device))
         with autocast(device):
             loss, count, _ = sft_loss(model(ids, targets), mask)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from model import (LEAST, Log, all_sum, autocast, encode_rows, fail, inputs, interrupted, load,
-                   make_optimizers, pad, ranks, read_rows, restore, sample_rows, save, shift,
-                   skip_if_done, split, turns, wrap)
+from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs,
+                   interrupted, load, make_optimizers, pad, ranks, read_rows, restore, sample_rows,
+                   save, shift, skip_if_done, turns, wrap)
 
 # ---------------------------------------------------------------------------- config
 
@@ -33,7 +33,7 @@ class Config:
     out: str = "out/toy"
     steps: int = 150
     batch_size: int = 32        # pairs a step, over all ranks
-    micro_batch: int = 32       # pairs a rank holds at once
+    micro_batch: int = 16       # pairs a rank holds at once
     beta: float = 0.5           # how dear it is to leave the reference
     lr: float = 3e-5
     warmup: int = 10
@@ -111,7 +111,7 @@ def main(cfg):
 
     for step in range(first, cfg.steps):
         rows = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
-        batches = [collate(b, device) for b in split(rows[rank::world], cfg.micro_batch)]
+        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
         metrics = update(cfg, step, ddp, optimizers, batches, objective)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             metrics |= evaluate(cfg, model, objective, val, rank, world, device)
@@ -126,7 +126,7 @@ def main(cfg):
 def evaluate(cfg, model, objective, val, rank, world, device):
     """Loss, accuracy and margin on the held-out pairs, sharded over ranks."""
     total = Counter(loss=0.0, count=0, accuracy=0.0, margins=0.0)
-    for rows in split(val[rank::world], cfg.micro_batch):
+    for rows in by_length(val[rank::world], cfg.micro_batch):
         with autocast(device):
             loss, count, metrics = objective(*collate(rows, device), model)
         total.update(loss=float(loss), count=count, accuracy=float(metrics["accuracy"]),

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from model import (LEAST, Log, all_sum, autocast, encode_rows, fail, generate, inputs, interrupted,
-                   load, make_optimizers, pad, ranks, read_rows, restore, sample_rows, save, shift,
-                   skip_if_done, split, verify, wrap)
+from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, generate, inputs,
+                   interrupted, load, make_optimizers, pad, ranks, read_rows, restore, sample_rows,
+                   save, shift, skip_if_done, split, verify, wrap)
 
 # ---------------------------------------------------------------------------- config
 
@@ -39,7 +39,7 @@ class Config:
     group_size: int = 8         # completions of each prompt
     minibatches: int = 4        # optimizer steps a batch of rollouts
     epochs: int = 1             # passes over it
-    micro_batch: int = 64       # completions a rank holds at once
+    micro_batch: int = 16       # completions a rank holds at once
     max_new: int = 100
     temperature: float = 1.0
     clip_eps: float = 0.2
@@ -85,7 +85,8 @@ def rollout(cfg, model, tokenizer, prompts, step, rank, world):
                     no_signal=G * (rewards == rewards[:, :1]).all(1).sum(),
                     truncated=cut, unparsed=scores.count(None) - cut)
     n, entropy = total.pop("n"), total.pop("entropy") / total["length"]
-    return rollouts, rewards, {k: v / n for k, v in total.items()} | {"entropy": entropy}
+    return rollouts, rewards, {k: v / n for k, v in total.items()} | {
+        "entropy": entropy, "sampled_tokens": total["length"]}
 
 
 def collate(rows, device):
@@ -110,7 +111,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     metrics. The min holds for both signs of A: it never rewards leaving the clip range.
 
     The value of k3 estimates KL(p || ref); as a loss its gradient on p's own samples is that of
-    KL(ref || p) (k1 would have none in expectation). It is the form of the paper; a small anchor.
+    KL(ref || p) (k1 would have none in expectation). It is GRPO's form; a small anchor.
     """
     A, length = advantages[:, None], completion_mask.sum(1)
     ratio = (logprobs - old_logprobs).exp()
@@ -158,7 +159,7 @@ def main(cfg):
             cfg, model, tokenizer, prompts[rank::world], step, rank, world)
         advantages = group_advantages(rewards).flatten()
         rows = [(*r, a) for r, a in zip(rollouts, advantages)]
-        minibatches = [[prepare(b) for b in split(m, cfg.micro_batch)]
+        minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
         done = Counter()
         for minibatch in minibatches * cfg.epochs:

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from model import (LEAST, Log, all_sum, at_least_fp32, autocast, encode_rows, fail, generate,
-                   inputs, interrupted, load, load_strict, make_optimizers, pad, ranks, read_rows,
-                   restore, sample_rows, save, shift, skip_if_done, split, verify, wrap)
+from model import (LEAST, Log, all_sum, at_least_fp32, autocast, by_length, encode_rows, fail,
+                   generate, inputs, interrupted, load, load_strict, make_optimizers, pad, ranks,
+                   read_rows, restore, sample_rows, save, shift, skip_if_done, split, verify, wrap)
 
 # ---------------------------------------------------------------------------- config
 
@@ -40,7 +40,7 @@ class Config:
     batch_size: int = 256       # prompts a step, over all ranks, one completion each
     minibatches: int = 4        # optimizer steps a batch of rollouts
     epochs: int = 1             # passes over it
-    micro_batch: int = 64       # completions a rank holds at once
+    micro_batch: int = 16       # completions a rank holds at once
     max_new: int = 100
     temperature: float = 1.0
     clip_eps: float = 0.2
@@ -87,7 +87,8 @@ def rollout(cfg, model, scorer, tokenizer, prompts, step, rank, world):
     total = all_sum(n=len(prompts), reward=rewards.sum(), length=sum(map(len, completions)),
                     entropy=-sum(map(sum, logprobs)), truncated=cut.sum(), right=right)
     n, entropy = total.pop("n"), total.pop("entropy") / total["length"]
-    return rollouts, rewards, {k: v / n for k, v in total.items()} | {"entropy": entropy}
+    return rollouts, rewards, {k: v / n for k, v in total.items()} | {
+        "entropy": entropy, "sampled_tokens": total["length"]}
 
 
 def collate(rows, device):
@@ -220,7 +221,7 @@ def main(cfg):
         rollouts, rewards, metrics = rollout(
             cfg, model, scorer, tokenizer, prompts[rank::world], step, rank, world)
         rows, done = [(*r, reward) for r, reward in zip(rollouts, rewards)], Counter()
-        minibatches = [[prepare(b) for b in split(m, cfg.micro_batch)]
+        minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
         white = whiten([b for m in minibatches for b in m])
         kl = all_sum(**done)

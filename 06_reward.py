@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from model import (LEAST, Log, all_sum, autocast, encode_rows, fail, inputs, interrupted, load,
-                   make_optimizers, pad, ranks, read_rows, restore, sample_rows, save, shift,
-                   skip_if_done, split, turns, wrap)
+from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs,
+                   interrupted, load, make_optimizers, pad, ranks, read_rows, restore, sample_rows,
+                   save, shift, skip_if_done, turns, wrap)
 
 # ---------------------------------------------------------------------------- config
 
@@ -33,7 +33,7 @@ class Config:
     out: str = "out/toy"
     steps: int = 180
     batch_size: int = 32        # pairs a step, over all ranks
-    micro_batch: int = 32       # pairs a rank holds at once
+    micro_batch: int = 16       # pairs a rank holds at once
     lr: float = 1e-3
     warmup: int = 10
     grad_clip: float = 1.0
@@ -122,7 +122,7 @@ def main(cfg):
 
     for step in range(first, cfg.steps):
         rows = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
-        batches = [collate(b, device) for b in split(rows[rank::world], cfg.micro_batch)]
+        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
         metrics = update(cfg, step, ddp, optimizers, batches, objective)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             metrics |= evaluate(cfg, scorer, objective, val, rank, world, device)
@@ -138,7 +138,7 @@ def main(cfg):
 def evaluate(cfg, scorer, objective, val, rank, world, device):
     """Loss, accuracy, margin, the scores' mean and std on held-out pairs, sharded over ranks."""
     total = Counter()
-    for rows in split(val[rank::world], cfg.micro_batch):
+    for rows in by_length(val[rank::world], cfg.micro_batch):
         with autocast(device):
             loss, count, metrics = objective(*collate(rows, device), scorer)
         total.update({k: float(v) for k, v in dict(metrics, loss=loss, count=count).items()})

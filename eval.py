@@ -4,8 +4,9 @@
     torchrun --nproc_per_node=4 eval.py --out out/gsm8k --data out/data/gsm8k --max_new 400
 
 Writes results.json and four plots into --out. A file's first two characters say what it gets: 00
-knows no template, 01 no traces, 06 is a reward model. Intervals: Wilson's for shares, normal for
-means, over questions (the samples of one belong together), windows of text or pairs.
+knows no template, 01 no traces, 06 is a reward model; ip, si, or, kt are 03's siblings. Intervals:
+Wilson's for shares, normal for means, over questions (the samples of one belong together), windows
+of text or pairs.
 """
 import argparse, json, math, os, re, signal, time
 from collections import Counter
@@ -20,6 +21,7 @@ from model import (autocast, encode_rows, fail, generate, inputs, load, number, 
 
 STAGES = ["00_pretrain", "01_sft", "02_cot", "03_dpo", "04_rlvr", "05_ppo", "06_reward"]
 PRIMERS = {"free": "", "answer": "<answer>", "think": "<think>"}
+PAIRED = ("03", "ip", "si", "or", "kt")    # how the names of 03 and of its siblings in DPO/ begin
 CAREFUL = re.compile(r"\d+[-+*/]\d+=\d+")
 
 # ---------------------------------------------------------------------------- statistics
@@ -188,9 +190,10 @@ def sampled(args, stage):
 
 def preferences(args, stage):
     """How often, and by how much, the chosen completion scores above the rejected one. The score:
-    a reward model's, else log p - log p_start, DPO's implicit reward (without its beta)."""
-    path, tok = f"{args.data}/pairs_test.jsonl", stage.tokenizer
-    if not stage.init and stage.name[:2] != "06":
+    a reward model's; for SimPO and ORPO, which have no reference, the mean of log p over tokens and
+    its log odds; else log p - log p_start, DPO's implicit reward (without its beta)."""
+    path, tok, kind = f"{args.data}/pairs_test.jsonl", stage.tokenizer, stage.name[:2]
+    if not stage.init and kind not in ("06", "si", "or"):
         return {}
 
     def encode(row):
@@ -200,9 +203,12 @@ def preferences(args, stage):
                 for text in texts]
 
     def score(pairs):
-        if stage.name[:2] != "06":
-            now, start = log_prob(stage.model, pairs), log_prob(stage.init, pairs)
-            return [a - b for a, b in zip(now, start)]
+        if kind != "06":
+            now = log_prob(stage.model, pairs)
+            if kind not in ("si", "or"):
+                return [a - b for a, b in zip(now, log_prob(stage.init, pairs))]
+            means = [min(total / len(c), -1e-7) for total, (_, c) in zip(now, pairs)]
+            return means if kind == "si" else [m - math.log(-math.expm1(m)) for m in means]
         with torch.no_grad():
             hidden = stage.model.forward_hidden(pad([p + c for p, c in pairs], args.device))
         last, head = [len(p) + len(c) - 1 for p, c in pairs], stage.parts["head"]
@@ -268,7 +274,7 @@ def plan(args, name):
     jobs += [("sampled", args.n_sampled * args.samples / 120, sampled, True),
              ("chat", 1, chat, has("chat_test.jsonl"))]
     wanted = {"00": ["bits", "free"], "01": ["bits", "free", "answer", "think", "chat"],
-              "03": [job[0] for job in jobs], "06": ["pairs"]}
+              "06": ["pairs"]} | {p: [job[0] for job in jobs] for p in PAIRED}
     wanted = wanted.get(kind, [job[0] for job in jobs if job[0] != "pairs"])
     return [job[:3] for job in jobs if job[0] in wanted and job[3]]
 

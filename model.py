@@ -254,6 +254,13 @@ def split(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+def by_length(rows, size):
+    """As `split`, after sorting by length: rows of like length share a micro-batch, which leaves
+    little padding. For sums, which do not mind the order."""
+    longest = lambda row: max(len(ids) for ids, *_ in ([row] if isinstance(row[0], list) else row))
+    return split(sorted(rows, key=longest), size)
+
+
 def sample_rows(n, k, seed, step):
     """Indices of the k rows that `step` sees: a fresh permutation an epoch, a function of (seed,
     step) alone. A resume, or another number of ranks, sees the same rows."""
@@ -332,9 +339,9 @@ def rope_angles(cfg):
 
 
 def rotate(x, cos, sin):
-    """Turn channel pairs (i, i + d/2) of x (B, H, T, d) by the angle of their position."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Turn channel pairs (i, i + d/2) of x (B, H, T, d) by the angle of their position; cos, sin
+    (T, d) hold it for both halves, -sin for the first."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class KVCache:
@@ -418,9 +425,9 @@ class GPT(nn.Module):
             self.positions = nn.Embedding(cfg.block_size, cfg.n_embd)
         else:
             angles = rope_angles(cfg)
-            dtype = torch.get_default_dtype()
-            self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
-            self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
+            cos, sin, dtype = angles.cos(), angles.sin(), torch.get_default_dtype()
+            self.register_buffer("cos", torch.cat([cos, cos], 1).to(dtype), persistent=False)
+            self.register_buffer("sin", torch.cat([-sin, sin], 1).to(dtype), persistent=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg, cfg.n_embd)
         if not cfg.tied:
@@ -453,7 +460,7 @@ class GPT(nn.Module):
             at = torch.arange(B, device=ids.device), position, mask[:, None, None]
         if self.cfg.position == "learned":
             x = x + self.positions(place)
-        else:                                                   # (T, d/2) or (B, 1, 1, d/2)
+        else:                                                   # (T, d) or (B, 1, 1, d)
             place = place if position is None else place[:, None]
             rope = [t[place] for t in (self.cos, self.sin)]
         for i, block in enumerate(self.blocks):

@@ -1,7 +1,14 @@
 #!/usr/bin/env bash
-# The tests: ./test.sh, or with pytest's own arguments: ./test.sh tests/test_losses.py -k dpo
+# ./test.sh        the tests
+# ./test.sh all    and what is slower: agreement with trl's losses, and every mutation
+# ./test.sh tests/test_losses.py -k dpo        pytest's own arguments
 set -euo pipefail
 cd "$(dirname "$0")"
 ./install.sh
-[ "${1:-}" != all ] || shift     # "all" is every test; nothing slower exists yet
-exec .venv/bin/python -m pytest -q --durations=5 "${@:-tests}"
+if [ "${1:-}" = all ]; then
+  ./install.sh requirements-test.txt
+  .venv/bin/python -m pytest -q --durations=5 tests
+  exec .venv/bin/python tests/mutations.py
+fi
+[ $# != 0 ] || set -- tests --ignore tests/slow
+exec .venv/bin/python -m pytest -q --durations=5 "$@"

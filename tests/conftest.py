@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import sys
 from dataclasses import fields
@@ -22,14 +23,35 @@ import model as kernel  # noqa: E402
 # In the order in which each finds its inputs made; a stage that is not there yet is left out.
 STAGES = [name for name in ("00_pretrain", "01_sft", "02_cot", "03_dpo", "04_rlvr", "06_reward",
                             "05_ppo") if (ROOT / f"{name}.py").exists()]
-ROLLOUTS = [name for name in STAGES if name in ("04_rlvr", "05_ppo")]
+SIBLINGS = sorted(f"{path.parent.name}/{path.stem}" for folder in ("RL", "DPO")
+                  for path in (ROOT / folder).glob("*.py") if path.name != "model.py")
+SCRIPTS = STAGES + SIBLINGS
+TEXT = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
+TRAIN = {name: re.search(r'^    train: str = "(.*)"$', TEXT[name], re.MULTILINE)[1]
+         for name in SCRIPTS}
+ROLLOUTS = [name for name in SCRIPTS if TRAIN[name].startswith("rl_")]
+PAIRS = [name for name in SCRIPTS if TRAIN[name].startswith("pairs_")]
 LOSS = {"00_pretrain": "pretrain_loss", "01_sft": "sft_loss", "02_cot": "sft_loss",
         "03_dpo": "dpo_loss", "04_rlvr": "grpo_loss", "05_ppo": "ppo_loss",
-        "06_reward": "reward_loss"}
+        "06_reward": "reward_loss"} | {name: f"{Path(name).stem}_loss" for name in SIBLINGS}
 CHARS = "".join(sorted("abcdefghijklmnopqrstuvwxyz0123456789 \n+-*/=()?.,$<>|"))
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, window=24, steps=2, batch_size=8,
-            micro_batch=4, group_size=4, minibatches=2, epochs=1, max_new=12, eval_rows=4,
-            eval_every=1000, save_every=1000, warmup=1, device="cpu")
+            micro_batch=4, group_size=4, minibatches=2, epochs=1, max_new=12, overlong=4,
+            eval_rows=4, eval_every=1000, save_every=1000, warmup=1, device="cpu")
+
+
+def stem(name):
+    """What its outputs are called: RL/rloo writes rloo.pt."""
+    return Path(name).stem
+
+
+def against(name):
+    """The docstring says from which script this one was made -> its name, the bars that differ."""
+    doc = " ".join(TEXT[name].split('"""')[1].split())
+    found = re.search(r"Against ([\w/]+)\.py:.*?the bars? that differs?: ([a-z, ]+)\.", doc)
+    assert found, doc
+    beside = f"{name.rpartition('/')[0]}/{found[1]}"
+    return (beside if beside in SCRIPTS else found[1]), found[2].replace(" and ", ", ").split(", ")
 
 
 def load_stage(name):
@@ -63,13 +85,18 @@ def parity(text, answer):
 
 
 def run(stage, cfg):
-    """main(cfg) as a fresh process would run it."""
+    """main(cfg) as a fresh process would run it, but judged by parity (unless the test has put a
+    verifier of its own there)."""
     kernel.inputs.clear()
-    handler = signal.getsignal(signal.SIGINT)
+    handler, judge = signal.getsignal(signal.SIGINT), getattr(stage, "verify", None)
+    if judge is kernel.verify:
+        stage.verify = parity
     try:
         stage.main(cfg)
     finally:
         signal.signal(signal.SIGINT, handler)
+        if judge is kernel.verify:
+            stage.verify = judge
 
 
 def weights(path, part=None):
@@ -113,7 +140,7 @@ def double():
 
 @pytest.fixture(scope="session")
 def stages():
-    return {name: load_stage(name) for name in STAGES}
+    return {name: load_stage(name) for name in SCRIPTS}
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +177,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chain(stages, data, tmp_path_factory):
-    """A folder with the finished checkpoint of every stage, two tiny steps each."""
+    """A folder with the finished checkpoint of every script, two tiny steps each."""
     out = tmp_path_factory.mktemp("chain")
     for stage in stages.values():
         run(stage, config(stage, data, out, out))

@@ -1,4 +1,4 @@
-"""torchrun's program in test_ranks.py: every stage in this world; rank 0 writes what came out.
+"""torchrun's program in test_ranks.py: every script in this world; rank 0 writes what came out.
 
     torchrun --nproc_per_node=2 tests/rank_worker.py DATA CHAIN OUT
 
@@ -10,7 +10,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import ROLLOUTS, STAGES, config, load_stage, parity, run, weights
+from conftest import ROLLOUTS, SCRIPTS, config, load_stage, run, stem, weights
 
 STEPS = {"01_sft": 20, "04_rlvr": 20}
 
@@ -19,7 +19,7 @@ def main(data, chain, out):
     torch.set_default_dtype(torch.float64)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     made = {}
-    for name in STAGES:
+    for name in SCRIPTS:
         stage = load_stage(name)
         gradients, rollouts = watch(stage, name)
         # 8 rows a step: 4 micro-batches of 2 in a world of 1, one of 2 in a world of 4.
@@ -33,7 +33,7 @@ def main(data, chain, out):
             rollouts.update(part or {})
         made[name] = {"rollouts": rollouts, "gradient": gradients[0]}
         if rank == 0:
-            made[name]["weights"] = weights(f"{out}/{world}/{name}.pt")
+            made[name]["weights"] = weights(f"{out}/{world}/{stem(name)}.pt")
         if hasattr(cfg, "muon_lr"):
             gradients.clear()
             cfg.muon_lr, cfg.steps, cfg.out = 0.02, 1, f"{out}/{world}/muon"
@@ -61,7 +61,7 @@ def watch(stage, name):
 
     torch.nn.utils.clip_grad_norm_ = record
     if name in ROLLOUTS:
-        stage.verify, generate = parity, stage.generate
+        generate = stage.generate
 
         def spy(model, prompts, *args, **kwargs):
             completions, logprobs = generate(model, prompts, *args, **kwargs)

@@ -142,6 +142,36 @@ def test_eval_end_to_end_on_one_rank_and_on_two(world):
     assert (out / "accuracy_by_steps.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("name", ["ipo", "kto", "simpo", "orpo", "simpo-seed1"])
+def test_siblings_of_dpo_are_scored_by_their_own_reward(world, tmp_path, name):
+    out, data = world
+    record = torch.load(out / "03_dpo.pt", weights_only=True)["record"]
+    tokenizer = Tokenizer({"kind": "chars", "chars": CHARS})
+    checkpoint(tmp_path / f"{name}.pt", tokenizer, record, seed=5)
+    args = argparse.Namespace(data=data, device="cpu", rank=0, world=1, n_many=1, n_primed=1,
+                              n_greedy=1, n_sampled=1, samples=1)
+    stage = report.open_stage(args, tmp_path / f"{name}.pt")
+    assert "pairs" in [what for what, *_ in report.plan(args, name)]
+    margins = []
+    for row in map(json.loads, (data / "pairs_test.jsonl").open()):
+        rewards = []
+        for side in (row["chosen"], row["rejected"]):
+            ids, mask = tokenizer.chat([{"role": "user", "content": row["prompt"]},
+                                        {"role": "assistant", "content": side}])
+            now, start = (model(torch.tensor([ids])).log_softmax(-1)[0, :-1].gather(
+                1, torch.tensor(ids[1:])[:, None])[torch.tensor(mask[1:]) == 1].double()
+                for model in (stage.model, stage.init))
+            p = now.mean().exp()
+            rewards.append({"s": now.mean(), "o": (p / (1 - p)).log()}.get(
+                name[0], now.sum() - start.sum()).item())
+        margins.append(rewards[0] - rewards[1])
+    figures = report.preferences(args, stage)
+    assert figures["margin, all"]["mean"] == pytest.approx(np.mean(margins), abs=1e-4)
+    assert figures["prefers, all"]["mean"] == np.mean([m > 0 for m in margins])
+    stage.init = None                      # the reference-free ones do not need it
+    assert bool(report.preferences(args, stage)) == (name[0] in "so")
+
+
 def test_eval_without_steps_and_other_files(world, tmp_path):
     out, _ = world
     rows = [{"prompt": f"{i} and {i}?", "answer": str(2 * i)} for i in range(6)]

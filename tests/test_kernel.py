@@ -123,7 +123,8 @@ def test_rope_is_relative(double):
     cfg = GPTConfig(vocab_size=9, block_size=32, n_layer=1, n_head=1, n_embd=8, position="rope")
     a = kernel.rope_angles(cfg)
     q, k = torch.randn(2, 1, 1, 1, 8)
-    at = lambda x, i: kernel.rotate(x, a[i].cos(), a[i].sin())
+    twice = lambda t, sign: torch.cat([sign * t, t])
+    at = lambda x, i: kernel.rotate(x, twice(a[i].cos(), 1), twice(a[i].sin(), -1))
     assert torch.allclose((at(q, 5) * at(k, 2)).sum(), (at(q, 25) * at(k, 22)).sum())
     assert not torch.allclose((at(q, 5) * at(k, 2)).sum(), (at(q, 5) * at(k, 3)).sum())
 

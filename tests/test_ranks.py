@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROLLOUTS, ROOT, STAGES, steps_of
+from conftest import ROLLOUTS, ROOT, SCRIPTS, stem, steps_of
 
 WORLDS = (1, 2, 4)
 
@@ -38,13 +38,13 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_weights(worlds, name, world):
     close(worlds[0][1][name]["weights"], worlds[0][world][name]["weights"])
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_first_gradient(worlds, name, world):
     for key in ("gradient", "muon_gradient"):
         if key in worlds[0][1][name]:
@@ -60,10 +60,10 @@ def test_rollouts(worlds, name, world):
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_logs(worlds, name, world):
     """One line a step from rank 0 alone, with sums over all ranks; also the evaluations."""
-    one, many = (steps_of(worlds[1] / f"{n}/{name}.jsonl") for n in (1, world))
+    one, many = (steps_of(worlds[1] / f"{n}/{stem(name)}.jsonl") for n in (1, world))
     assert [line["step"] for line in many] == list(range(len(one)))
     for a, b in zip(one, many):
         assert a == pytest.approx(b, rel=1e-7, abs=1e-9)

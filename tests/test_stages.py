@@ -1,41 +1,42 @@
 """Every stage runs; the stages are one program with some bars exchanged, as the docstrings say."""
 import inspect
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import LOSS, ROLLOUTS, ROOT, STAGES, parity, run, steps_of, weights
+from conftest import (LOSS, PAIRS, ROLLOUTS, ROOT, SCRIPTS, SIBLINGS, STAGES, TEXT, against, run,
+                      stem, steps_of, weights)
 
 BARS = ["config", "data", "loss", "training", "evaluation", "frame"]
 
 
 def bars(name):
     """{bar: its text}; "" is what comes before the first bar."""
-    parts = re.split(r"^# -{60,} (\w+)$", (ROOT / f"{name}.py").read_text(), flags=re.MULTILINE)
+    parts = re.split(r"^# -{60,} (\w+)$", TEXT[name], flags=re.MULTILINE)
     assert len(parts[1::2]) == len(set(parts[1::2]))
     return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2]))
 
 
 # ---------------------------------------------------------------------------- text
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_bars(name):
     assert list(bars(name)) == ["", *BARS]
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_frame_is_the_same(name):
     assert bars(name)["frame"] == bars(STAGES[0])["frame"]
 
 
-@pytest.mark.parametrize("name", STAGES[1:])
+@pytest.mark.parametrize("name", SCRIPTS[1:])
 def test_bars_that_differ(name):
-    """The docstring says against which stage, and exactly which bars differ."""
-    doc = " ".join(bars(name)[""].split('"""')[1].split())
-    found = re.search(r"Against (\w+)\.py:.*?the bars? that differs?: ([a-z, ]+)\.", doc)
-    assert found, doc
-    claimed = found[2].replace(" and ", ", ").split(", ")
-    mine, other = bars(name), bars(found[1])
+    """The docstring says against which script, and exactly which bars differ."""
+    parent, claimed = against(name)
+    mine, other = bars(name), bars(parent)
     assert claimed == [bar for bar in BARS if mine[bar] != other[bar]]
 
 
@@ -51,62 +52,68 @@ def test_sft_and_cot_are_one_program():
     assert set(changed) - {"steps", "lr", "muon_lr"} == {"init", "train", "val"}
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_form(name):
     """One name under __main__, lines of at most 100 columns, and the docstring names the file."""
-    text = (ROOT / f"{name}.py").read_text()
-    assert text.startswith(f'"""{name}.py: ') and text.endswith("    main(cli(Config))\n")
+    text = TEXT[name]
+    assert text.startswith(f'"""{stem(name)}.py: ') and text.endswith("    main(cli(Config))\n")
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("folder", sorted({name.split("/")[0] for name in SIBLINGS}))
+def test_siblings_are_scripts(folder):
+    """They run from the root, and find the one model.py by a link."""
+    assert os.readlink(ROOT / folder / "model.py") == "../model.py"
+    name = next(name for name in SIBLINGS if name.startswith(folder))
+    out = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=ROOT, text=True,
+                         capture_output=True)
+    assert out.returncode == 0 and TEXT[name].split('"""')[1].strip() in out.stdout
 
 
 # ---------------------------------------------------------------------------- runs
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_two_steps(name, make, chain, tmp_path):
     """A checkpoint that the next stage can read, a log line a step, and nothing left over."""
     stage, cfg = make(name)
     run(stage, cfg)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{name}.jsonl", f"{name}.pt"]
-    log = steps_of(tmp_path / f"out/{name}.jsonl")
+    file = stem(name)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{file}.jsonl", f"{file}.pt"]
+    log = steps_of(tmp_path / f"out/{stem(name)}.jsonl")
     assert [line["step"] for line in log] == [0, 1]
     for line in log:
         assert all(isinstance(v, int | float) and v == v for v in line.values()), line
         assert {"loss", "grad_norm"} <= set(line)
     assert len(log[1]) > len(log[0])                       # the last step evaluates
-    parts = torch.load(tmp_path / f"out/{name}.pt", weights_only=True)
+    parts = torch.load(tmp_path / f"out/{stem(name)}.pt", weights_only=True)
     assert parts["record"]["config"]["steps"] == 2
     used = {p.split("/")[-1] for p in parts["record"]["inputs"]}
     assert {cfg.train.split("/")[-1], cfg.val.split("/")[-1]} <= used
     # The same flags give the same bits.
-    assert torch.equal(weights(tmp_path / f"out/{name}.pt"), weights(chain / f"{name}.pt"))
+    assert torch.equal(weights(tmp_path / f"out/{file}.pt"), weights(chain / f"{file}.pt"))
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_training_moves_the_weights(name, make, tmp_path, stages, monkeypatch):
-    if name in ROLLOUTS:
-        monkeypatch.setattr(stages[name], "verify", parity)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_training_moves_the_weights(name, make, tmp_path):
     stage, cfg = make(name, steps=1)
     run(stage, cfg)
     if hasattr(cfg, "init"):
-        assert not torch.equal(weights(f"{tmp_path}/out/{name}.pt", "model"),
+        assert not torch.equal(weights(f"{tmp_path}/out/{stem(name)}.pt", "model"),
                                weights(cfg.init, "model"))
-    assert steps_of(tmp_path / f"out/{name}.jsonl")[0]["grad_norm"] > 0
+    assert steps_of(tmp_path / f"out/{stem(name)}.jsonl")[0]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("name", [s for s in STAGES if s in ("00_pretrain", "01_sft", "03_dpo",
-                                                             "06_reward")])
+@pytest.mark.parametrize("name", ["00_pretrain", "01_sft", *PAIRS])
 def test_training_lowers_the_loss(name, make, tmp_path):
     stage, cfg = make(name, steps=30, lr=5e-3, batch_size=12)
     run(stage, cfg)
-    loss = [line["loss"] for line in steps_of(tmp_path / f"out/{name}.jsonl")]
+    loss = [line["loss"] for line in steps_of(tmp_path / f"out/{stem(name)}.jsonl")]
     assert sum(loss[-3:]) / 3 < loss[0] - 0.1, loss
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_micro_batches(name, make, tmp_path, gradients, stages, monkeypatch, double):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_micro_batches(name, make, tmp_path, gradients, double):
     """How a batch is split changes nothing, though its completions have different lengths."""
-    if name in ROLLOUTS:
-        monkeypatch.setattr(stages[name], "verify", parity)
     for size in (2, 3, 8):
         run(*make(name, steps=1, micro_batch=size, out=tmp_path / str(size)))
     n = len(gradients) // 3
@@ -115,7 +122,7 @@ def test_micro_batches(name, make, tmp_path, gradients, stages, monkeypatch, dou
         assert whole.norm() > 0
         for part in (gradients[i], gradients[n + i]):
             assert (part - whole).norm() <= 1e-9 * whole.norm()
-    first = [steps_of(tmp_path / f"{size}/{name}.jsonl")[0] for size in (2, 8)]
+    first = [steps_of(tmp_path / f"{size}/{stem(name)}.jsonl")[0] for size in (2, 8)]
     assert first[0] == pytest.approx(first[1], rel=1e-9, abs=1e-12)
 
 
@@ -125,30 +132,37 @@ def test_first_ratio_is_one(name, make, stages, monkeypatch):
     micro-batches pad differently; afterwards they are not. The sampler agrees with them."""
     stage, seen, samples = stages[name], [], []
     loss, generate = getattr(stage, LOSS[name]), stage.generate
+    names = list(inspect.signature(loss).parameters)
+    has_ratio = "old_logprobs" in names
+    assert has_ratio or name == "RL/reinforce"
 
     def spy_loss(*args):
-        args_of = dict(zip(inspect.signature(loss).parameters, args))
-        seen.append((args_of["logprobs"].detach().clone(), args_of["old_logprobs"]))
+        args_of = dict(zip(names, args))
+        logprobs = args_of["logprobs"].detach().clone()
+        seen.append((logprobs, args_of["old_logprobs"] if has_ratio else logprobs))
         return loss(*args)
 
     def spy_generate(*args, **kwargs):
-        samples.append(generate(*args, **kwargs))
-        return samples[-1]
+        completions, logprobs = generate(*args, **kwargs)
+        samples.extend(logprobs if "rows" not in kwargs else [])       # training, not evaluation
+        return completions, logprobs
 
     monkeypatch.setattr(stage, LOSS[name], spy_loss)
     monkeypatch.setattr(stage, "generate", spy_generate)
-    monkeypatch.setattr(stage, "verify", parity)
     run(*make(name, steps=1, batch_size=16, micro_batch=4, temperature=0.7, lr=1e-2))
     first = len(seen) // 2                          # micro-batches of the first of 2 updates
     assert first >= 2
     for logprobs, old in seen[:first]:
         assert logprobs.any() and torch.equal(logprobs, old)
-    assert not any(torch.equal(logprobs, old) for logprobs, old in seen[first:])
-    sampled = samples[0][1]
-    rows = [row for _, old in seen for row in old]
-    assert len(rows) == len(sampled)
-    for logprobs, row in zip(sampled, rows):
-        assert torch.allclose(row[row != 0], torch.tensor(logprobs), atol=1e-4)
+    assert not has_ratio or not any(torch.equal(*pair) for pair in seen[first:])
+    rows = [row[row != 0] for _, old in (seen if has_ratio else seen[:first]) for row in old]
+    if has_ratio and name != "RL/dapo":                # which discards, and fills up
+        assert len(rows) == len(samples)
+    for row in rows:                                   # each is one of the samples, in some order
+        found = [i for i, s in enumerate(samples) if len(row) == len(s)
+                 and torch.allclose(row, torch.tensor(s), atol=1e-4)]
+        assert found
+        samples.pop(found[0])
 
 
 def test_rollout_of_04(stages, make, data, monkeypatch):

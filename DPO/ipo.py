@@ -1,0 +1,233 @@
+"""ipo.py: where every judge agrees, DPO widens the margin without end; IPO aims at a finite one.
+
+    reward(x, y) = log p(y | x) - log p_ref(y | x)                implicit, summed over y's tokens
+    loss = mean over pairs of (reward(x, chosen) - reward(x, rejected) - 1 / (2 beta))^2
+
+IPO (Azar et al. 2023, eq. 17, whose tau is beta). Against 03_dpo.py: a square around a target
+margin instead of a log sigmoid; the bars that differ: config, loss, training.
+    torchrun --nproc_per_node=4 DPO/ipo.py --beta 0.1
+"""
+import argparse, math, os
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs,
+                   interrupted, load, make_optimizers, pad, ranks, read_rows, restore, sample_rows,
+                   save, shift, skip_if_done, turns, wrap)
+
+# ---------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    init: str = "out/toy/02_cot.pt"
+    data: str = "out/data/toy"
+    train: str = "pairs_train.jsonl"
+    val: str = "pairs_val.jsonl"
+    out: str = "out/toy"
+    steps: int = 150
+    batch_size: int = 32        # pairs a step, over all ranks
+    micro_batch: int = 16       # pairs a rank holds at once
+    beta: float = 0.1           # chosen is to gain 1 / (2 beta) nats on rejected, and no more
+    lr: float = 3e-5
+    warmup: int = 10
+    grad_clip: float = 1.0
+    eval_every: int = 50
+    save_every: int = 50
+    seed: int = 0
+    device: str = "auto"
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def encode(tokenizer, row):
+    """{"prompt", "chosen", "rejected"}, strings or messages -> [(ids, completion_mask)] x 2.
+
+    Only the last turn is compared: earlier assistant turns belong to the prompt."""
+    pairs = []
+    for key in ("chosen", "rejected"):
+        answer = row[key] if isinstance(row[key], str) else row[key][-1]["content"]
+        prompt = tokenizer.prompt(row["prompt"])
+        completion = tokenizer.encode_completion(answer) + [tokenizer.end]
+        pairs.append((prompt + completion, [0] * len(prompt) + [1] * len(completion)))
+    if pairs[0] == pairs[1]:
+        raise ValueError("chosen and rejected are the same: nothing to learn")
+    return pairs
+
+
+def read(cfg, name, tokenizer, model):
+    path = f"{cfg.data}/{name}"
+    rows = read_rows(path, "prompt", "chosen", "rejected")
+    return encode_rows(rows, path, lambda row: encode(tokenizer, row), model.cfg.block_size)
+
+
+def collate(rows, device):
+    """[[chosen, rejected]] -> ids (2B, T), completion_mask (2B, T): all chosen, then all rejected,
+    so that one forward pass scores both at the same padding."""
+    ids, masks = zip(*[row[side] for side in (0, 1) for row in rows])
+    return pad(ids, device), pad(masks, device)
+
+
+# ---------------------------------------------------------------------------- loss
+
+
+def ipo_loss(logprobs, ref_logprobs, completion_mask, beta):
+    """(2B, T-1) thrice -> sum over pairs, their number, metrics. Sums over tokens, not means: the
+    log-prob of a completion is what eq. 17 has (TRL takes means). At the start: 1 / (4 beta^2)."""
+    sums = (logprobs * completion_mask).sum(1)
+    rewards = sums - (ref_logprobs * completion_mask).sum(1)
+    chosen, rejected = rewards.chunk(2)
+    margins = chosen - rejected
+    chosen_logprobs, rejected_logprobs = sums.detach().chunk(2)      # both usually fall: watch them
+    return ((margins - 1 / (2 * beta)) ** 2).sum(), len(margins), {
+        "margins": margins.detach().sum(), "accuracy": (margins > 0).sum(),
+        "chosen_logprobs": chosen_logprobs.sum(), "rejected_logprobs": rejected_logprobs.sum()}
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def main(cfg):
+    rank, world, device = start(cfg)
+    if cfg.beta <= 0:
+        fail(f"--beta must be above 0, not {cfg.beta}: the target margin is 1 / (2 beta)")
+    model, tokenizer, _ = load(cfg.init, device)
+    ref = load(cfg.init, device)[0].requires_grad_(False)
+    train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
+    ddp = wrap(model)
+    optimizers = make_optimizers([model], cfg.lr)
+    first, log = resume(cfg, {"model": model}, optimizers)
+
+    def objective(ids, completion_mask, policy=ddp):
+        ids, targets, mask = shift(ids, completion_mask)
+        with torch.no_grad():
+            ref_logprobs = ref(ids, targets)
+        return ipo_loss(policy(ids, targets), ref_logprobs, mask, cfg.beta)
+
+    for step in range(first, cfg.steps):
+        rows = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
+        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
+        metrics = update(cfg, step, ddp, optimizers, batches, objective)
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            metrics |= evaluate(cfg, model, objective, val, rank, world, device)
+        log(step, **metrics)
+        keep(cfg, step + 1, {"model": model}, optimizers, tokenizer)
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(cfg, model, objective, val, rank, world, device):
+    """Loss, accuracy and margin on the held-out pairs, sharded over ranks."""
+    total = Counter(loss=0.0, count=0, accuracy=0.0, margins=0.0)
+    for rows in by_length(val[rank::world], cfg.micro_batch):
+        with autocast(device):
+            loss, count, metrics = objective(*collate(rows, device), model)
+        total.update(loss=float(loss), count=count, accuracy=float(metrics["accuracy"]),
+                     margins=float(metrics["margins"]))
+    total = all_sum(**total)
+    count = total.pop("count")
+    return {f"val_{k}": v / count for k, v in total.items()}
+
+
+# ---------------------------------------------------------------------------- frame
+# The same bytes in every stage: flags, ranks, one exact update, schedule, log, resume.
+
+NAME = Path(__file__).stem
+
+
+def cli(Config):
+    """Every field of Config is a --flag; --help prints the docstring above and the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
+                            metavar=repr(f.default))
+    return Config(**vars(parser.parse_args()))
+
+
+def start(cfg):
+    """Refuse what cannot be, then set up ranks, device and seed -> rank, world, device."""
+    rank, world, device = ranks(cfg.device)
+    for f in fields(cfg):
+        least = LEAST.get(f.name)
+        if least is not None and getattr(cfg, f.name) < least:
+            fail(f"--{f.name} must be at least {least}, not {getattr(cfg, f.name)}")
+    parts = world * getattr(cfg, "minibatches", 1)
+    if cfg.batch_size % parts:
+        fail(f"--batch_size {cfg.batch_size} is not divisible among {parts} ranks x minibatches")
+    torch.manual_seed(cfg.seed)            # the same on every rank: replicas and heads start equal
+    return rank, world, device
+
+
+def update(cfg, step, ddp, optimizers, batches, objective):
+    """One optimizer step. Gradients are summed over micro-batches and ranks and divided once, by
+    the count over all of them: exact for ragged completions, however they are split."""
+    world, total = int(os.environ.get("WORLD_SIZE", 1)), Counter()
+    for i, batch in enumerate(batches):
+        last = i + 1 == len(batches)       # DDP decides in forward whether backward reduces
+        with nullcontext() if last or world == 1 else ddp.no_sync():
+            with autocast(batch[0].device):
+                loss, count, metrics = objective(*batch)
+            loss.backward()
+        metrics |= {"loss": loss.detach(), "count": count}
+        total.update({k: float(v) for k, v in metrics.items()})
+    total = all_sum(**total)
+    count = max(total.pop("count"), 1)
+    weights = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
+    for p in weights:
+        p.grad.mul_(world / count)         # DDP averaged over the ranks: make it a sum again
+    norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip))
+    if not math.isfinite(total["loss"] + norm):
+        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing "
+             f"was updated and what {cfg.out} holds is intact. Lower --lr; then delete "
+             f"{cfg.out}/{NAME}.state.pt or choose another --out")
+    for opt in optimizers:
+        for g in opt.param_groups:
+            g["lr"] = g["peak"] * schedule(cfg, step)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    return {k: v / count for k, v in total.items()} | {"grad_norm": norm}
+
+
+def schedule(cfg, step):
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+
+
+def resume(cfg, modules, optimizers):
+    """-> (the first step to do, log). Continues this very configuration's unfinished run."""
+    record = {"config": asdict(cfg), "inputs": inputs}
+    skip_if_done(f"{cfg.out}/{NAME}.pt", record)
+    first = restore(f"{cfg.out}/{NAME}.state.pt", record, modules, optimizers)
+    return first, Log(f"{cfg.out}/{NAME}.jsonl", first, cfg)
+
+
+def keep(cfg, step, modules, optimizers, tokenizer, **extra):
+    """After `step` steps: the finished checkpoint, or from time to time what a resume needs."""
+    stop = interrupted()                   # Ctrl-C on any rank: all leave after the same step
+    parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
+                 gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
+    state = f"{cfg.out}/{NAME}.state.pt"
+    if os.environ.get("RANK", "0") == "0":
+        if step == cfg.steps:
+            save(f"{cfg.out}/{NAME}.pt", **parts, **extra)
+            Path(state).unlink(missing_ok=True)
+        elif stop or step % cfg.save_every == 0:
+            save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
+    if stop and step < cfg.steps:
+        fail(f"stopped after step {step}; the same command continues", 130)
+
+
+if __name__ == "__main__":
+    main(cli(Config))

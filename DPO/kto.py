@@ -1,0 +1,266 @@
+"""kto.py: pairs are rare, thumbs are not; each completion alone is desirable or undesirable.
+
+    reward(x, y) = log p(y | x) - log p_ref(y | x)                implicit, summed over y's tokens
+    kl = max(0, mean of reward(x_i, y_{i+1}))                     of mismatched rows; a constant
+    loss = mean over rows of lam_d * (1 - sigmoid(beta * (reward - kl)))        where desirable,
+                             lam_u * (1 - sigmoid(beta * (kl - reward)))        where undesirable
+
+KTO (Ethayarajh et al. 2024, eq. 8). A pair is read as two rows that do not know of each other.
+Against 03_dpo.py: each completion is compared with the batch's kl, not with another; the bars
+that differ: config, data, loss, training.
+    torchrun --nproc_per_node=4 DPO/kto.py --lam_d 1.3
+"""
+import argparse, math, os
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs,
+                   interrupted, load, make_optimizers, pad, ranks, read_rows, restore, sample_rows,
+                   save, shift, skip_if_done, split, turns, wrap)
+
+# ---------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    init: str = "out/toy/02_cot.pt"
+    data: str = "out/data/toy"
+    train: str = "pairs_train.jsonl"
+    val: str = "pairs_val.jsonl"
+    out: str = "out/toy"
+    steps: int = 150
+    batch_size: int = 32        # pairs a step, over all ranks
+    micro_batch: int = 16       # pairs a rank holds at once
+    beta: float = 0.5           # how soon value saturates away from the reference
+    lam_d: float = 1.0          # weight of desirable rows
+    lam_u: float = 1.0          # weight of undesirable rows
+    lr: float = 3e-5
+    warmup: int = 10
+    grad_clip: float = 1.0
+    eval_every: int = 50
+    save_every: int = 50
+    seed: int = 0
+    device: str = "auto"
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def encode(tokenizer, row):
+    """{"prompt", "chosen", "rejected"}, strings or messages -> [(ids, completion_mask)] x 2.
+
+    Only the last turn is compared: earlier assistant turns belong to the prompt."""
+    pairs = []
+    for key in ("chosen", "rejected"):
+        answer = row[key] if isinstance(row[key], str) else row[key][-1]["content"]
+        prompt = tokenizer.prompt(row["prompt"])
+        completion = tokenizer.encode_completion(answer) + [tokenizer.end]
+        pairs.append((prompt + completion, [0] * len(prompt) + [1] * len(completion)))
+    if pairs[0] == pairs[1]:
+        raise ValueError("chosen and rejected are the same: nothing to learn")
+    return pairs
+
+
+def read(cfg, name, tokenizer, model):
+    path = f"{cfg.data}/{name}"
+    rows = read_rows(path, "prompt", "chosen", "rejected")
+    return encode_rows(rows, path, lambda row: encode(tokenizer, row), model.cfg.block_size)
+
+
+def collate(rows, device):
+    """[[chosen, rejected]] -> ids (2B, T), completion_mask (2B, T): all chosen, then all rejected,
+    so that one forward pass scores both at the same padding."""
+    ids, masks = zip(*[row[side] for side in (0, 1) for row in rows])
+    return pad(ids, device), pad(masks, device)
+
+
+def mismatch(rows, block_size):
+    """Each prompt before the next row's completions, cut at the context's edge. Of the whole batch,
+    in its order: of one rank's or micro-batch's rows, their number would change the result."""
+    def splice(side, other):
+        n, m = side[1].index(1), other[1].index(1)
+        return tuple((a[:n] + b[m:])[:block_size] for a, b in zip(side, other))
+
+    return [[splice(*sides) for sides in zip(*pair)] for pair in zip(rows, rows[1:] + rows[:1])]
+
+
+# ---------------------------------------------------------------------------- loss
+
+
+def kto_loss(logprobs, ref_logprobs, completion_mask, kl, beta, lam_d, lam_u):
+    """(2B, T-1) thrice -> sum over pairs of the mean of their two rows, their number, metrics. At
+    the first step every sigmoid is 1/2. Margins and accuracy are for the reader: no row sees the
+    other. The gradient fades on both sides of kl: a hopeless row is given up, as a settled one."""
+    sums = (logprobs * completion_mask).sum(1)
+    rewards = sums - (ref_logprobs * completion_mask).sum(1)
+    chosen, rejected = rewards.chunk(2)
+    margins = chosen - rejected
+    chosen_logprobs, rejected_logprobs = sums.detach().chunk(2)      # both usually fall: watch them
+    losses = (lam_d * torch.sigmoid(beta * (kl - chosen))           # 1 - sigmoid(x) = sigmoid(-x)
+              + lam_u * torch.sigmoid(beta * (rejected - kl)))
+    return losses.sum() / 2, len(margins), {
+        "margins": margins.detach().sum(), "accuracy": (margins > 0).sum(),
+        "chosen_logprobs": chosen_logprobs.sum(), "rejected_logprobs": rejected_logprobs.sum()}
+
+
+@torch.no_grad()
+def baseline(cfg, model, ref, rows, rank, world, device):
+    """kl, over the rows of all ranks: how far the policy has moved where nobody pushed it. (Matched
+    rows were pushed, chosen and rejected apart: their mean would say nothing of that.)"""
+    gap = 0.0
+    for b in split(mismatch(rows, model.cfg.block_size)[rank::world], cfg.micro_batch):
+        ids, targets, mask = shift(*collate(b, device))
+        with autocast(device):
+            gap += float(((model(ids, targets) - ref(ids, targets)) * mask).sum())
+    return max(0.0, all_sum(gap=gap)["gap"] / (2 * len(rows)))
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def main(cfg):
+    rank, world, device = start(cfg)
+    if cfg.batch_size < 2:
+        fail("--batch_size must be at least 2, not 1: kl needs another row's completion")
+    model, tokenizer, _ = load(cfg.init, device)
+    ref = load(cfg.init, device)[0].requires_grad_(False)
+    train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
+    ddp = wrap(model)
+    optimizers = make_optimizers([model], cfg.lr)
+    first, log = resume(cfg, {"model": model}, optimizers)
+
+    def objective(ids, completion_mask, policy=ddp):
+        ids, targets, mask = shift(ids, completion_mask)
+        with torch.no_grad():
+            ref_logprobs = ref(ids, targets)
+        return kto_loss(policy(ids, targets), ref_logprobs, mask, kl, cfg.beta, cfg.lam_d,
+                        cfg.lam_u)
+
+    for step in range(first, cfg.steps):
+        rows = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
+        kl = baseline(cfg, model, ref, rows, rank, world, device)   # one for all micro-batches
+        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
+        metrics = {"kl": kl} | update(cfg, step, ddp, optimizers, batches, objective)
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            kl = baseline(cfg, model, ref, val, rank, world, device)
+            metrics |= evaluate(cfg, model, objective, val, rank, world, device)
+        log(step, **metrics)
+        keep(cfg, step + 1, {"model": model}, optimizers, tokenizer)
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(cfg, model, objective, val, rank, world, device):
+    """Loss, accuracy and margin on the held-out pairs, sharded over ranks."""
+    total = Counter(loss=0.0, count=0, accuracy=0.0, margins=0.0)
+    for rows in by_length(val[rank::world], cfg.micro_batch):
+        with autocast(device):
+            loss, count, metrics = objective(*collate(rows, device), model)
+        total.update(loss=float(loss), count=count, accuracy=float(metrics["accuracy"]),
+                     margins=float(metrics["margins"]))
+    total = all_sum(**total)
+    count = total.pop("count")
+    return {f"val_{k}": v / count for k, v in total.items()}
+
+
+# ---------------------------------------------------------------------------- frame
+# The same bytes in every stage: flags, ranks, one exact update, schedule, log, resume.
+
+NAME = Path(__file__).stem
+
+
+def cli(Config):
+    """Every field of Config is a --flag; --help prints the docstring above and the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
+                            metavar=repr(f.default))
+    return Config(**vars(parser.parse_args()))
+
+
+def start(cfg):
+    """Refuse what cannot be, then set up ranks, device and seed -> rank, world, device."""
+    rank, world, device = ranks(cfg.device)
+    for f in fields(cfg):
+        least = LEAST.get(f.name)
+        if least is not None and getattr(cfg, f.name) < least:
+            fail(f"--{f.name} must be at least {least}, not {getattr(cfg, f.name)}")
+    parts = world * getattr(cfg, "minibatches", 1)
+    if cfg.batch_size % parts:
+        fail(f"--batch_size {cfg.batch_size} is not divisible among {parts} ranks x minibatches")
+    torch.manual_seed(cfg.seed)            # the same on every rank: replicas and heads start equal
+    return rank, world, device
+
+
+def update(cfg, step, ddp, optimizers, batches, objective):
+    """One optimizer step. Gradients are summed over micro-batches and ranks and divided once, by
+    the count over all of them: exact for ragged completions, however they are split."""
+    world, total = int(os.environ.get("WORLD_SIZE", 1)), Counter()
+    for i, batch in enumerate(batches):
+        last = i + 1 == len(batches)       # DDP decides in forward whether backward reduces
+        with nullcontext() if last or world == 1 else ddp.no_sync():
+            with autocast(batch[0].device):
+                loss, count, metrics = objective(*batch)
+            loss.backward()
+        metrics |= {"loss": loss.detach(), "count": count}
+        total.update({k: float(v) for k, v in metrics.items()})
+    total = all_sum(**total)
+    count = max(total.pop("count"), 1)
+    weights = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
+    for p in weights:
+        p.grad.mul_(world / count)         # DDP averaged over the ranks: make it a sum again
+    norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip))
+    if not math.isfinite(total["loss"] + norm):
+        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing "
+             f"was updated and what {cfg.out} holds is intact. Lower --lr; then delete "
+             f"{cfg.out}/{NAME}.state.pt or choose another --out")
+    for opt in optimizers:
+        for g in opt.param_groups:
+            g["lr"] = g["peak"] * schedule(cfg, step)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    return {k: v / count for k, v in total.items()} | {"grad_norm": norm}
+
+
+def schedule(cfg, step):
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+
+
+def resume(cfg, modules, optimizers):
+    """-> (the first step to do, log). Continues this very configuration's unfinished run."""
+    record = {"config": asdict(cfg), "inputs": inputs}
+    skip_if_done(f"{cfg.out}/{NAME}.pt", record)
+    first = restore(f"{cfg.out}/{NAME}.state.pt", record, modules, optimizers)
+    return first, Log(f"{cfg.out}/{NAME}.jsonl", first, cfg)
+
+
+def keep(cfg, step, modules, optimizers, tokenizer, **extra):
+    """After `step` steps: the finished checkpoint, or from time to time what a resume needs."""
+    stop = interrupted()                   # Ctrl-C on any rank: all leave after the same step
+    parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
+                 gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
+    state = f"{cfg.out}/{NAME}.state.pt"
+    if os.environ.get("RANK", "0") == "0":
+        if step == cfg.steps:
+            save(f"{cfg.out}/{NAME}.pt", **parts, **extra)
+            Path(state).unlink(missing_ok=True)
+        elif stop or step % cfg.save_every == 0:
+            save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
+    if stop and step < cfg.steps:
+        fail(f"stopped after step {step}; the same command continues", 130)
+
+
+if __name__ == "__main__":
+    main(cli(Config))
