@@ -110,8 +110,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     """(B, T-1) thrice, (B,), (B, T-1) -> sum over completions of their token means, their number,
     metrics. The min holds for both signs of A: it never rewards leaving the clip range.
 
-    The value of k3 estimates KL(p || ref); as a loss its gradient on p's own samples is that of
-    KL(ref || p) (k1 would have none in expectation). It is GRPO's form; a small anchor.
+    The value of k3 estimates KL(p || ref); as a loss its gradient on p's own samples is, token by
+    token, that of KL(ref || p) (k1 would have none in expectation). GRPO's form; a small anchor.
     """
     A, length = advantages[:, None], completion_mask.sum(1)
     ratio = (logprobs - old_logprobs).exp()

@@ -36,7 +36,7 @@ def fail(message, code=2):
 
 LEAST = dict(steps=1, batch_size=1, micro_batch=1, eval_every=1, save_every=1, warmup=0, lr=0,
              grad_clip=0, group_size=2, minibatches=1, epochs=1, max_new=1, temperature=1e-3,
-             eval_rows=1, seed=0)
+             eval_rows=1, seed=0, max_rounds=1, overlong=0)
 
 
 # ---------------------------------------------------------------------------- tokenizers

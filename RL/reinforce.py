@@ -106,8 +106,8 @@ def reinforce_loss(logprobs, ref_logprobs, advantages, completion_mask, beta):
     """(B, T-1) twice, (B,), (B, T-1) -> sum over completions of their token sums, their number,
     metrics. The log-prob of a completion is a sum: a mean would make long ones matter less.
 
-    The value of k3 estimates KL(p || ref); as a loss its gradient on p's own samples is that of
-    KL(ref || p) (k1 would have none in expectation). It is GRPO's form; a small anchor.
+    The value of k3 estimates KL(p || ref); as a loss its gradient on p's own samples is, token by
+    token, that of KL(ref || p) (k1 would have none in expectation). GRPO's form; a small anchor.
     """
     A, length = advantages[:, None], completion_mask.sum(1)
     d = ref_logprobs - logprobs
