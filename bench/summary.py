@@ -1,11 +1,12 @@
-"""summary.py: the README's table of the main job, from the recorded runs in results/toy-seed*.
+"""summary.py: writes the README's tables, from what is recorded in results/.
 
-    python bench/summary.py         # a test compares the README with what this prints
+    python bench/summary.py         # a test compares the README with what this would write
 """
 import json
 from pathlib import Path
 
-RECORDS = Path(__file__).resolve().parent.parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "results"
 ROWS = {"01_sft": "01 direct answers", "02_cot": "02 traces", "03_dpo": "03 DPO",
         "04_rlvr": "04 GRPO", "05_ppo": "05 PPO"}
 COLUMNS = {"greedy": ("free", 100, 1), "sampled pass@1": ("pass@1", 100, 1),
@@ -44,5 +45,12 @@ def tables():
     return "\n".join(lines)
 
 
+def readme():
+    """The README's text with its generated part renewed."""
+    text = (ROOT / "README.md").read_text()
+    head, _, rest = text.partition("<!-- bench/summary.py -->\n")
+    return f"{head}<!-- bench/summary.py -->\n{tables()}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+
+
 if __name__ == "__main__":
-    print(tables())
+    (ROOT / "README.md").write_text(readme())

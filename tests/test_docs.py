@@ -17,3 +17,8 @@ def test_diff_guide_is_fresh():
     siblings = {new for _, new, _ in diffs.GUIDE}
     on_disk = {str(p.relative_to(ROOT)) for d in ("RL", "DPO") for p in (ROOT / d).glob("*.py")}
     assert on_disk - {"RL/model.py", "DPO/model.py"} <= siblings
+
+
+def test_readme_has_the_recorded_figures():
+    summary = load(ROOT / "bench/summary.py")
+    assert (ROOT / "README.md").read_text() == summary.readme(), "run python bench/summary.py"
