@@ -1,8 +1,5 @@
 """What the main job must show, read from results.json and the logs. Every line can fail.
 
-A claim that misses its aim but not its floor is printed as LOW and does not stop CI: one seed's
-figure moves by a point or two with the machine's rounding.
-
     python .ci/check.py out/toy
 """
 import json, math, sys
@@ -18,11 +15,10 @@ def get(stage, figure):
     return stages[stage][figure]["mean"]
 
 
-def check(what, value, holds, floor=None):
+def check(what, value, holds):
     global failures
-    failed = not holds and (floor is None or value < floor)
-    failures += failed
-    print(f"{'FAIL' if failed else 'ok  ' if holds else 'LOW '}  {what}: {value:.4g}")
+    failures += not holds
+    print(f"{'ok  ' if holds else 'FAIL'}  {what}: {value:.4g}")
 
 
 def log(stage):
@@ -41,7 +37,7 @@ check("00 answers < 5 % in the format", get("00_pretrain", "format"),
 for figure in ("format", "stops"):
     check(f"01 {figure} >= 99 %", get("01_sft", figure), get("01_sft", figure) >= 0.99)
 one, four = get("01_sft", "free, steps 1"), get("01_sft", "free, steps 4")
-check("01 direct at one step >= 70 %", one, one >= 0.70, floor=0.6)
+check("01 direct at one step >= 70 %", one, one >= 0.70)
 check("01 direct at four steps <= 40 %", four, four <= 0.40)
 
 gain = get("02_cot", "free") - get("01_sft", "free")
@@ -52,10 +48,9 @@ check("02 sampled pass@1 between 30 and 65 %", start, 0.30 <= start <= 0.65)
 for stage in ("03_dpo", "06_reward"):
     for kind in ("hasty", "pad", "skip"):
         right = get(stage, f"prefers, {kind}")
-        check(f"{stage} prefers, {kind} >= 95 %", right, right >= 0.95, floor=0.9)
+        check(f"{stage} prefers, {kind} >= 95 %", right, right >= 0.95)
 gain = paired["03_dpo - 02_cot"]
-check("03 greedy >= 5 points above 02", gain["free"]["mean"], gain["free"]["mean"] >= 0.05,
-      floor=0.0)
+check("03 greedy >= 5 points above 02", gain["free"]["mean"], gain["free"]["mean"] >= 0.05)
 check("03 sampled not below 02", gain["pass@1"]["mean"], gain["pass@1"]["high"] >= 0)
 
 for stage, least in (("04_rlvr", 0.15), ("05_ppo", 0.10)):

@@ -90,6 +90,24 @@ def test_ctrl_c(make, stages, tmp_path):
     same(tmp_path, "01_sft")
 
 
+def test_ctrl_c_under_torchrun(make, tmp_path):
+    """The terminal's Ctrl-C reaches the launcher and both ranks, and the launcher hands it on: the
+    ranks still finish their step together and save what one process can continue."""
+    stage, cfg = make("01_sft", steps=400, save_every=10 ** 6)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "01_sft.py"), *flags(cfg)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    wait_for_steps(process, tmp_path / "out/01_sft.jsonl", 3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=200)
+    done = torch.load(tmp_path / "out/01_sft.state.pt", weights_only=True)["step"]
+    assert err.count(f"stopped after step {done}; the same command continues\n") == 1, err
+    assert [line["step"] for line in steps_of(tmp_path / "out/01_sft.jsonl")] == list(range(done))
+    run(stage, cfg)
+    assert len(steps_of(tmp_path / "out/01_sft.jsonl")) == 400
+
+
 def stop_after(stage, cfg, steps, monkeypatch):
     """Run `steps` steps and then behave as if Ctrl-C had been pressed."""
     log, count = stage.Log.__call__, []
