@@ -1,0 +1,819 @@
+"""mutations.py: does a test notice when a known mistake is put back?
+
+    python tests/mutations.py                  # all of them; --jobs N (2), --only NAME, --list
+    python tests/mutations.py --changed        # those whose file or test changed since the record
+
+A green suite shows that the code passes its tests, not that the tests would see an error. Each
+mutation below is a small change of text that restores a mistake of the field, and names the tests
+that should notice. The tree is copied, the named tests pass on the copy, and then each mutation is
+applied to a copy of its own:
+
+    killed      an assertion fails in a named test: what should happen
+    survived    all of them pass: a test is missing
+    broken      the text to replace is not there exactly once, the code no longer runs (an import,
+                a set-up, any error that is no assertion), or the time is up: mend the mutation
+
+The end of a complete run is recorded in results/mutations.json; the exit code is 1 if anything
+survived or is broken. Mistakes of the field that have no mutation are at the end of the list.
+"""
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "results/mutations.json"
+LIMIT = 600                      # seconds for the named tests of one mutation
+
+
+@dataclass
+class Mutation:
+    name: str
+    slip: str                    # the mistake that it restores, in words
+    file: str
+    old: str                     # must be in the file exactly once
+    new: str
+    tests: list                  # pytest's node ids
+
+
+MUTATIONS = []
+
+
+def put(name, slip, file, old, new, *tests):
+    MUTATIONS.append(Mutation(name, slip, file, old, new, [f"tests/test_{t}" for t in tests]))
+
+
+# ---------------------------------------------------------------------------- masks and templates
+
+put("mask-without-end", "the stop token is not in the loss: the model never learns to stop",
+    "model.py", "mask += [0] * len(head) + [int(new)] * len(body)",
+    "mask += ([0] * len(head) + [int(new)] * len(body))[:-1] + [0]",
+    "kernel.py::test_multi_turn_mask", "kernel.py::test_completion_mask")
+
+put("mask-with-header", "the mask begins one token early: the assistant's header is learned",
+    "model.py", "mask += [0] * len(head) + [int(new)] * len(body)",
+    "mask += [0] * (len(head) - 1) + [int(new)] * (len(body) + 1)",
+    "kernel.py::test_multi_turn_mask", "kernel.py::test_completion_mask")
+
+put("mask-not-shifted", "targets are shifted, their mask is not: the last target is lost",
+    "model.py", "mask = completion_mask[:, 1:]", "mask = completion_mask[:, :-1]",
+    "kernel.py::test_shift", "kernel.py::test_completion_mask")
+
+put("mask-dropped", "the mask gets lost in a refactoring: the prompt is learned as well",
+    "01_sft.py", "ids, targets, mask = shift(ids, completion_mask)",
+    "ids, targets, mask = shift(ids, torch.ones_like(completion_mask))",
+    "gaps.py::test_gradient_of_a_step[01_sft]")
+
+put("mask-from-padding", "the mask is built from ids that are not padding, where the pad id is one "
+    "that occurs", "01_sft.py", "return pad(ids, device), pad(masks, device)",
+    "return pad(ids, device), pad(masks, device) * (pad(ids, device) != 0)",
+    "kernel.py::test_completion_mask[01_sft]")
+
+put("pairs-without-end", "the end token is missing from chosen and rejected", "03_dpo.py",
+    "tokenizer.encode_completion(answer) + [tokenizer.end]",
+    "tokenizer.encode_completion(answer)",
+    "kernel.py::test_prompt_ids_are_the_same_in_training_and_rollouts")
+
+put("tags-in-user-text", "a user who writes <answer> gets a control token", "model.py",
+    "(self.encode_completion if new else self.encode)(m[\"content\"])",
+    "self.encode_completion(m[\"content\"])", "kernel.py::test_tags_in_text_stay_text")
+
+put("special-tokens-in-user-text", "a user who writes <|im_start|> gets the file's own control "
+    "token", "model.py", "self.hf.encode_special_tokens = True",
+    "self.hf.encode_special_tokens = False", "kernel.py::test_tags_in_text_stay_text")
+
+put("long-rows-cut", "a row that is too long is cut: the completion loses its end", "model.py",
+    "            dropped += 1\n",
+    "            dropped += 1\n"
+    "            kept.append([(ids[:block_size], m[:block_size]) for ids, m in items])\n",
+    "kernel.py::test_long_rows_are_dropped_whole")
+
+put("only-a-question", "a row without a completion is taken, and teaches nothing", "01_sft.py",
+    "if sum(mask) < 2:", "if sum(mask) < 0:", "errors.py::test_row_of_the_wrong_form")
+
+put("equal-pairs", "a pair of equal sides is taken, and has no gradient", "03_dpo.py",
+    "if pairs[0] == pairs[1]:", "if pairs[0] is pairs[1]:", "errors.py::test_equal_pair[03_dpo]")
+
+# ---------------------------------------------------------------------------- the model
+
+put("not-causal", "a token sees what follows it", "model.py",
+    "F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups)",
+    "F.scaled_dot_product_attention(q, k, v, is_causal=False, enable_gqa=groups)",
+    "kernel.py::test_causal[gpt2]")
+
+put("large-tied-embedding", "a tied embedding that is scaled for the input: the first loss is far "
+    "above ln V", "model.py", "nn.init.normal_(m.weight, std=0.02)",
+    "nn.init.normal_(m.weight, std=0.2 if isinstance(m, nn.Embedding) else 0.02)",
+    "kernel.py::test_first_loss_is_ln_v")
+
+put("residual-not-scaled", "what writes into the residual stream is not scaled down with depth",
+    "model.py", "std=0.02 / math.sqrt(2 * self.cfg.n_layer)", "std=0.02",
+    "kernel.py::test_first_loss_is_ln_v")
+
+put("decay-on-norms", "norms and biases decay", "model.py",
+    "{\"params\": vectors, \"weight_decay\": 0.0}",
+    "{\"params\": vectors, \"weight_decay\": weight_decay}", "kernel.py::test_optimizers")
+
+put("temperature-forgotten-by-the-trainer", "log-probs at temperature 1 of samples at another",
+    "model.py", "logits = at_least_fp32(self.logits(hidden)) / temperature",
+    "logits = at_least_fp32(self.logits(hidden))", "kernel.py::test_token_logprobs",
+    "kernel.py::test_generate_in_fp32")
+
+# ---------------------------------------------------------------------------- rollouts
+
+put("temperature-forgotten-by-the-sampler", "the sampler reports log-probs at temperature 1",
+    "model.py", "return token, logprobs.gather(",
+    "return token, at_least_fp32(logits).log_softmax(-1).gather(",
+    "kernel.py::test_generate_in_fp32", "kernel.py::test_generate[gpt2-2.0]")
+
+put("top-p-in-the-log-prob", "log-probs of the truncated softmax, which the trainer never sees",
+    "model.py", ".scatter(-1, order, outside), 0)\n",
+    ".scatter(-1, order, outside), 0)\n            logprobs = (probs / probs.sum(-1, "
+    "keepdim=True)).log()\n", "kernel.py::test_top_p")
+
+put("uniform-rounds-up", "a uniform just below 1 rounds to 1 in fp32: the search passes the end",
+    "model.py", "at = torch.minimum(u[:, None].to(cdf.dtype) * total, below)",
+    "at = u[:, None].to(cdf.dtype) * total",
+    "kernel.py::test_choose_never_takes_what_is_impossible")
+
+put("one-draw-for-all-rows", "all rows of a batch share their uniforms", "model.py",
+    "np.random.default_rng([seed, step, row]).random(n)",
+    "np.random.default_rng([seed, step]).random(n)",
+    "kernel.py::test_rows_draw_their_own_numbers")
+
+put("one-draw-for-the-first-token", "the first token is drawn once for the whole group", "model.py",
+    "    out = torch.zeros(N, max_new, dtype=torch.long, device=device)\n",
+    "    u[:, 0] = u[0, 0]\n"
+    "    out = torch.zeros(N, max_new, dtype=torch.long, device=device)\n",
+    "kernel.py::test_rows_draw_their_own_numbers")
+
+put("same-draws-every-step", "the sampler starts again with the same seed in every step",
+    "model.py", "np.random.default_rng([seed, step, row]).random(n)",
+    "np.random.default_rng([seed, row]).random(n)", "kernel.py::test_rows_draw_their_own_numbers")
+
+put("positions-of-the-longest", "in a ragged batch every row decodes at the longest one's position",
+    "model.py", "position = (lengths + count)[active] - 1",
+    "position = (lengths.max() + count)[active] - 1", "kernel.py::test_generate_in_fp32")
+
+put("first-token-from-padding", "the first token is drawn at the batch's last place, not at the "
+    "prompt's", "model.py", "torch.tensor([len(p) - 1 for p in unique], device=ids.device)",
+    "torch.tensor([ids.shape[1] - 1 for p in unique], device=ids.device)",
+    "kernel.py::test_generate_in_fp32")
+
+put("padding-is-seen", "a short row attends to what lies behind its end", "model.py",
+    "device=ids.device) <= position[:, None]", "device=ids.device) <= position.max() + 0 * "
+    "position[:, None]", "kernel.py::test_generate_in_fp32")
+
+put("cache-not-moved", "rows leave, and the others keep decoding with their neighbours' keys",
+    "model.py", "cache.keep(left, int((lengths + count).max()))", "cache.keep(left, 0)",
+    "kernel.py::test_generate_in_fp32", "kernel.py::test_generate[gpt2-2.0]")
+
+put("stop-token-not-reinforced", "the sampled <|end|> has mask 0: stopping is never reinforced",
+    "04_rlvr.py", "rollouts = [(p + c, [0] * len(p) + [1] * len(c))",
+    "rollouts = [(p + c, [0] * len(p) + ([1] * (len(c) - 1) + [0] if c[1:] else [1]))",
+    "stages.py::test_rollout_of_04")
+
+put("groups-by-stride", "the group of a completion is taken from the order of rows", "04_rlvr.py",
+    "torch.tensor([s or 0.0 for s in scores]).view(-1, G)",
+    "torch.tensor([s or 0.0 for s in scores]).view(G, -1).T", "gaps.py::test_groups[04_rlvr]")
+
+put("temperature-forgotten-in-the-loss", "new log-probs at temperature 1, old ones as sampled",
+    "04_rlvr.py", "ddp(ids, targets, cfg.temperature)", "ddp(ids, targets)",
+    "stages.py::test_first_ratio_is_one[04_rlvr]")
+
+put("rollouts-repeat", "each batch of rollouts draws the numbers of the first", "04_rlvr.py",
+    "cfg.temperature, cfg.seed, step, numbers)", "cfg.temperature, cfg.seed, 0, numbers)",
+    "gaps.py::test_no_draw_is_used_twice[04_rlvr]")
+
+put("evaluation-without-the-primer", "what is judged lacks the <think> that it was primed with",
+    "04_rlvr.py", "verify(\"<think>\" + tokenizer.decode(c), answer) == 1",
+    "verify(tokenizer.decode(c), answer) == 1", "gaps.py::test_evaluation[04_rlvr]")
+
+# ---------------------------------------------------------------------------- verifier
+
+put("last-number-anywhere", "the last number is the answer, wherever it stands", "model.py",
+    "    found = parse(completion)\n",
+    "    found = parse(completion) or (\"\", (re.findall(r\"\\d+\", completion) or [\"-\"])[-1])\n",
+    "kernel.py::test_verify")
+
+put("part-of-the-completion", "an answer counts although other text stands around it", "model.py",
+    "match = WHOLE.fullmatch(completion)", "match = WHOLE.search(completion)",
+    "kernel.py::test_verify")
+
+put("no-end-needed", "a completion that was cut, or never stops, is rewarded", "model.py",
+    "</answer><\\|end\\|>\", re.DOTALL)", "</answer>(?:<\\|end\\|>)?\", re.DOTALL)",
+    "kernel.py::test_verify", "stages.py::test_rollout_of_04")
+
+put("sign-of-the-answer", "the minus is stripped with the spaces around a number", "model.py",
+    "return match and (match[1] or \"\", match[2].strip())",
+    "return match and (match[1] or \"\", match[2].strip(\" \\n-\"))", "kernel.py::test_verify")
+
+# ---------------------------------------------------------------------------- sums and counts
+
+put("mean-of-means", "the mean of micro-batch means: short completions weigh more", "01_sft.py",
+    "return -(logprobs * completion_mask).sum(), completion_mask.sum(), {}",
+    "return -(logprobs * completion_mask).sum() / completion_mask.sum(), 1, {}",
+    "losses.py::test_sft_counts_completion_tokens_alone", "stages.py::test_micro_batches[01_sft]")
+
+put("never-divided", "gradients of sums are clipped and applied as if they were means",
+    "01_sft.py", "p.grad.mul_(world / count)", "p.grad.mul_(world)",
+    "gaps.py::test_gradient_of_a_step[01_sft]")
+
+put("target-not-shifted", "each token predicts itself: a loss that falls and teaches nothing",
+    "00_pretrain.py", "return pretrain_loss(ddp(ids[:, :-1], ids[:, 1:]))",
+    "return pretrain_loss(ddp(ids[:, :-1], ids[:, :-1]))",
+    "gaps.py::test_gradient_of_a_step[00_pretrain]")
+
+put("same-windows-every-step", "the data begin again in every step", "00_pretrain.py",
+    "np.random.default_rng([cfg.seed, step])", "np.random.default_rng([cfg.seed])",
+    "gaps.py::test_windows")
+
+put("same-order-every-epoch", "every epoch sees the rows in the same order", "model.py",
+    "np.random.default_rng([seed, epoch])", "np.random.default_rng([seed])",
+    "kernel.py::test_sample_rows")
+
+put("gradients-not-cleared", "gradients add up from step to step", "01_sft.py",
+    "opt.zero_grad(set_to_none=True)", "pass", "resume.py::test_stopped_at_any_step[01_sft]")
+
+put("learning-rate-compounds", "the schedule scales the last rate instead of the peak",
+    "01_sft.py", "g[\"lr\"] = g[\"peak\"] * schedule(cfg, step)",
+    "g[\"lr\"] *= schedule(cfg, step)",
+    "gaps.py::test_learning_rate")
+
+# ---------------------------------------------------------------------------- 03 and 06
+
+put("dpo-sign", "rejected is preferred", "03_dpo.py", "margins = chosen - rejected",
+    "margins = rejected - chosen", "losses.py::test_dpo_at_the_reference",
+    "losses.py::test_dpo_value")
+
+put("dpo-mean-over-tokens", "means over tokens where the derivation has sums: another beta",
+    "03_dpo.py", "rewards = beta * (sums - (ref_logprobs * completion_mask).sum(1))",
+    "rewards = beta * (sums - (ref_logprobs * completion_mask).sum(1)) / completion_mask.sum(1)",
+    "losses.py::test_dpo_at_the_reference", "losses.py::test_dpo_value")
+
+put("dpo-reference-moves", "the reference is the model itself: nothing to compare with",
+    "03_dpo.py", "ref = load(cfg.init, device)[0].requires_grad_(False)", "ref = model",
+    "stages.py::test_training_lowers_the_loss[03_dpo]")
+
+put("dpo-pairs-interleaved", "chosen and rejected alternate, but are taken apart as two halves",
+    "03_dpo.py", "for side in (0, 1) for row in rows", "for row in rows for side in (0, 1)",
+    "gaps.py::test_gradient_of_a_step[03_dpo]")
+
+put("dpo-ties-are-right", "at step 0 the accuracy is 1 although nothing is learned", "03_dpo.py",
+    "\"accuracy\": (margins > 0).sum()", "\"accuracy\": (margins >= 0).sum()",
+    "losses.py::test_dpo_at_the_reference")
+
+put("score-at-the-last-place", "the score is read at the batch's last place, which may be padding",
+    "06_reward.py", "last = T - 1 - completion_mask.flip(1).argmax(1)",
+    "last = torch.full_like(ids[:, 0], T - 1)",
+    "losses.py::test_score_is_of_the_last_real_token")
+
+put("score-before-the-end", "the score is read one token early: <|end|> is not judged",
+    "06_reward.py", "last = T - 1 - completion_mask.flip(1).argmax(1)",
+    "last = T - 2 - completion_mask.flip(1).argmax(1)",
+    "losses.py::test_score_is_of_the_last_real_token")
+
+put("score-where-padding-begins", "the last token is found by the pad id, which equals the end",
+    "06_reward.py", "last = T - 1 - completion_mask.flip(1).argmax(1)",
+    "last = (ids != 9).sum(1) - 1", "losses.py::test_score_is_of_the_last_real_token")
+
+put("reward-sign", "the reward model learns what people reject", "06_reward.py",
+    "margins = chosen - rejected", "margins = rejected - chosen", "losses.py::test_reward_loss")
+
+# ---------------------------------------------------------------------------- 04
+
+put("std-of-the-wrong-axis", "the std is that of the batch, not of the group", "04_rlvr.py",
+    "centered / rewards.std(1, keepdim=True)", "centered / rewards.std(0, keepdim=True)",
+    "losses.py::test_group_advantages")
+
+put("std-of-the-population", "the std is biased: for small groups another learning rate",
+    "04_rlvr.py", "rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, unbiased=False)",
+    "losses.py::test_group_advantages")
+
+put("equal-rewards-by-eps", "a group of equal rewards: rounding noise divided by a tiny eps",
+    "04_rlvr.py",
+    "return torch.where(same, 0.0, centered / rewards.std(1, keepdim=True).where(~same, 1.0))",
+    "return centered / (rewards.std(1, keepdim=True) + 1e-12)",
+    "gaps.py::test_equal_rewards[04_rlvr]")
+
+put("baseline-of-the-batch", "the baseline is the batch's mean, not the group's", "04_rlvr.py",
+    "centered = rewards - rewards.mean(1, keepdim=True)", "centered = rewards - rewards.mean()",
+    "losses.py::test_group_advantages")
+
+put("clip-by-sign", "the max for A < 0: the gradient flows where it should stop, and stops where "
+    "it should flow", "04_rlvr.py",
+    "surrogate = torch.min(ratio * A, ratio.clamp(1 - clip_eps, 1 + clip_eps) * A)",
+    "surrogate = ratio * A, ratio.clamp(1 - clip_eps, 1 + clip_eps) * A\n"
+    "    surrogate = torch.where(A >= 0, torch.min(*surrogate), torch.max(*surrogate))",
+    "losses.py::test_grpo_quadrants")
+
+put("clip-by-max", "the max instead of the min: leaving the clip range is rewarded", "04_rlvr.py",
+    "surrogate = torch.min(ratio * A", "surrogate = torch.max(ratio * A",
+    "losses.py::test_grpo_quadrants")
+
+put("clip-fraction-both-ways", "the clip fraction also counts where the gradient flows",
+    "04_rlvr.py", "clipped = ((ratio - 1) * A.sign() > clip_eps)",
+    "clipped = ((ratio - 1).abs() > clip_eps)", "losses.py::test_grpo_quadrants")
+
+put("ratio-always-one", "the old log-probs are the new ones, detached: no ratio, no clip",
+    "04_rlvr.py", "ratio = (logprobs - old_logprobs).exp()",
+    "ratio = (logprobs - logprobs.detach()).exp()", "losses.py::test_grpo_quadrants")
+
+put("ratio-detached", "the ratio has no gradient", "04_rlvr.py",
+    "ratio = (logprobs - old_logprobs).exp()", "ratio = (logprobs - old_logprobs).exp().detach() "
+    "+ 0 * logprobs", "losses.py::test_grpo_quadrants")
+
+put("k3-sign", "k3 with p and ref exchanged", "04_rlvr.py", "d = ref_logprobs - logprobs",
+    "d = logprobs - ref_logprobs", "losses.py::test_k3")
+
+put("k1-in-the-loss", "k1 in the loss: its gradient is pure noise", "04_rlvr.py",
+    "kl = torch.expm1(d) - d", "kl = -d", "losses.py::test_k3")
+
+put("k3-cancels", "exp(d) - 1 - d in fp32: near 0 all its digits are lost", "04_rlvr.py",
+    "kl = torch.expm1(d) - d", "kl = d.exp() - 1 - d", "losses.py::test_k3")
+
+put("kl-rewarded", "the KL has the wrong sign in the loss", "04_rlvr.py",
+    "mean(beta * kl - surrogate)", "mean(-beta * kl - surrogate)", "losses.py::test_k3")
+
+put("mean-over-padding", "a completion's mean divides by the padded length", "04_rlvr.py",
+    "A, length = advantages[:, None], completion_mask.sum(1)",
+    "A, length = advantages[:, None], completion_mask.sum(1) * 0 + completion_mask.shape[1]",
+    "losses.py::test_grpo_gradient_at_ratio_one")
+
+put("token-mean-in-grpo", "long completions weigh more: the mean over all tokens, called GRPO",
+    "04_rlvr.py", "return ((x * completion_mask).sum(1) / length).sum()",
+    "return (x * completion_mask).sum() / length.sum() * len(length)",
+    "losses.py::test_grpo_gradient_at_ratio_one")
+
+put("grpo-reference-moves", "the reference follows the policy: no anchor", "04_rlvr.py",
+    "ref = load(cfg.init, device)[0].requires_grad_(False)", "ref = model",
+    "gaps.py::test_reference_stays[04_rlvr]")
+
+# ---------------------------------------------------------------------------- 05
+
+put("gae-past-the-end", "GAE bootstraps from what stands behind <|end|>", "05_ppo.py",
+    "rewards, values = rewards * completion_mask, values * completion_mask",
+    "rewards = rewards * completion_mask", "losses.py::test_gae_against_a_loop")
+
+put("gae-without-gamma", "the trace decays with lambda alone", "05_ppo.py",
+    "delta + gamma * lam * later", "delta + lam * later", "losses.py::test_gae_against_a_loop")
+
+put("gae-sign-of-the-value", "delta adds the value that it should subtract", "05_ppo.py",
+    "gamma * following - values[:, t]", "gamma * following + values[:, t]",
+    "losses.py::test_gae_against_a_loop", "losses.py::test_gae_is_reward_to_go")
+
+put("whiten-each-micro-batch", "each micro-batch is its own yardstick", "05_ppo.py",
+    "(b[-3] - mean) / std,",
+    "(b[-3] - b[-3][b[-1] == 1].mean()) / b[-3][b[-1] == 1].std(unbiased=False),",
+    "losses.py::test_whiten")
+
+put("whiten-padding", "padding counts in the mean and the std of the advantages", "05_ppo.py",
+    "total.update(n=int(mask.sum()), sum=", "total.update(n=mask.numel(), sum=",
+    "losses.py::test_whiten")
+
+put("value-clip-by-min", "the min of the two value losses: leaving the range is forgiven",
+    "05_ppo.py", "torch.max((values - returns) ** 2", "torch.min((values - returns) ** 2",
+    "losses.py::test_ppo_value_loss")
+
+put("ppo-clip-by-max", "the max instead of the min in PPO", "05_ppo.py",
+    "surrogate = torch.min(ratio * advantages", "surrogate = torch.max(ratio * advantages",
+    "losses.py::test_ppo_quadrants")
+
+put("score-behind-the-end", "the score lands on padding, where no token is learned", "05_ppo.py",
+    "last = mask.shape[1] - 1 - mask.flip(1).argmax(1)",
+    "last = torch.full_like(mask[:, 0], mask.shape[1] - 1)", "stages.py::test_ppo_rewards")
+
+put("kl-reward-sign", "leaving the reference is rewarded", "05_ppo.py",
+    "rewards = -cfg.beta * kl +", "rewards = cfg.beta * kl +", "gaps.py::test_kl_in_the_reward")
+
+put("endless-completions-pay", "a completion without <|end|> keeps its score", "05_ppo.py",
+    "rewards = torch.where(cut, -1.0, rewards)", "rewards = torch.where(cut, rewards, rewards)",
+    "stages.py::test_rollout_of_05")
+
+put("ppo-reference-moves", "the reference is the policy: the KL is 0 for ever", "05_ppo.py",
+    "ref = load(cfg.init, device)[0].requires_grad_(False)", "ref = model",
+    "gaps.py::test_kl_in_the_reward")
+
+put("score-not-centred", "the judge's raw score: its mean and its scale are arbitrary", "05_ppo.py",
+    "return (at_least_fp32(scores) - parts[\"val_mean\"]) / parts[\"val_std\"]",
+    "return at_least_fp32(scores)", "gaps.py::test_score_has_a_scale")
+
+put("values-start-anywhere", "a value head that starts with noise", "05_ppo.py",
+    "nn.init.zeros_(self.value.weight)", "nn.init.normal_(self.value.weight)",
+    "gaps.py::test_first_values")
+
+put("judge-reads-the-last-place", "the reward model judges padding, in PPO's own copy of it",
+    "05_ppo.py", "last = T - 1 - completion_mask.flip(1).argmax(1)",
+    "last = torch.full_like(ids[:, 0], T - 1)", "gaps.py::test_judge")
+
+# ---------------------------------------------------------------------------- RL
+
+put("reinforce-mean-over-tokens", "a completion's log-prob as a mean: long ones matter less",
+    "RL/reinforce.py", "return ((beta * kl - A * logprobs) * completion_mask).sum(), len(length)",
+    "return mean(beta * kl - A * logprobs), len(length)", "siblings.py::test_reinforce_gradient")
+
+put("rloo-baseline-with-itself", "the baseline contains the completion that it judges",
+    "RL/rloo.py",
+    "others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)",
+    "others = rewards.mean(1, keepdim=True)", "siblings.py::test_rloo_advantages")
+
+put("rloo-kl-sign", "leaving the start is rewarded", "RL/rloo.py",
+    "rewards.to(device) - cfg.beta * kl", "rewards.to(device) + cfg.beta * kl",
+    "siblings.py::test_rloo_rewards")
+
+put("rloo-ratio-of-tokens", "a ratio for each token where the completion is one action",
+    "RL/rloo.py",
+    "A, ratio = advantages, ((logprobs - old_logprobs) * completion_mask).sum(1).exp()",
+    "A, ratio = advantages, (((logprobs - old_logprobs).exp() * completion_mask).sum(1)\n"
+    "                            / completion_mask.sum(1))", "siblings.py::test_rloo_quadrants")
+
+put("rloo-kl-of-another-row", "micro-batches are sorted by length, the KL is used in the old order",
+    "RL/rloo.py", "for b in split(m, cfg.micro_batch)]",
+    "for b in split(sorted(m, key=lambda row: len(row[0])), cfg.micro_batch)]",
+    "siblings.py::test_rloo_rewards")
+
+put("dr-grpo-keeps-the-std", "half of Dr. GRPO: the length is gone, the std is not",
+    "RL/dr_grpo.py", "return rewards - rewards.mean(1, keepdim=True)",
+    "return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)",
+    "siblings.py::test_advantages_without_std")
+
+put("dr-grpo-keeps-the-length", "the other half: the std is gone, the mean of each row is not",
+    "RL/dr_grpo.py", "return ((beta * kl - surrogate) * completion_mask).sum() / max_new",
+    "return mean(beta * kl - surrogate)", "siblings.py::test_dr_grpo_has_a_constant_denominator")
+
+put("dapo-discarded-are-free", "groups that are sampled and discarded do not count as sampled",
+    "RL/dapo.py", "        total.update(sums)\n", "        total = Counter(sums)\n",
+    "siblings.py::test_dapo_fills_the_batch")
+
+put("dapo-same-draw-again", "each round asks the same prompts with the same uniforms again",
+    "RL/dapo.py", "draw = rounds * cfg.steps + step", "draw = step",
+    "siblings.py::test_dapo_fills_the_batch", "gaps.py::test_no_draw_is_used_twice[RL/dapo]")
+
+put("dapo-keeps-all-groups", "dynamic sampling that discards nothing", "RL/dapo.py",
+    "(kept if len(set(group[1])) > 1 else discarded).append(group)", "kept.append(group)",
+    "siblings.py::test_dapo_fills_the_batch")
+
+put("dapo-clip-not-higher", "clip-higher with the lower bound on both sides", "RL/dapo.py",
+    "ratio.clamp(1 - clip_eps, 1 + clip_eps_high) * A",
+    "ratio.clamp(1 - clip_eps, 1 + clip_eps) * A",
+    "siblings.py::test_dapo_quadrants")
+
+put("dapo-mean-of-means", "completions weigh the same in what is called a token mean",
+    "RL/dapo.py", "return -total(surrogate), length.sum()",
+    "return -((surrogate * completion_mask).sum(1) / length).sum(), len(length)",
+    "siblings.py::test_dapo_token_mean")
+
+put("dapo-long-is-paid", "the price on the last tokens is a prize", "RL/dapo.py",
+    "return ((max_new - overlong - lengths) / max(overlong, 1)).clamp(-1, 0)",
+    "return -((max_new - overlong - lengths) / max(overlong, 1)).clamp(-1, 0)",
+    "siblings.py::test_overlong_penalty")
+
+put("gspo-sum-of-logs", "the ratio of the whole completion where GSPO has its length's root",
+    "RL/gspo.py", "ratio = (((logprobs - old_logprobs) * completion_mask).sum(1) / length).exp()",
+    "ratio = ((logprobs - old_logprobs) * completion_mask).sum(1).exp()",
+    "siblings.py::test_gspo_quadrants", "siblings.py::test_gspo_at_ratio_one")
+
+put("cispo-weight-not-detached", "the importance weight has a gradient of its own",
+    "RL/cispo.py", "ratio = (logprobs - old_logprobs).exp().detach()",
+    "ratio = (logprobs - old_logprobs).exp()", "siblings.py::test_cispo_weight")
+
+put("cispo-drops-clipped-tokens", "a clipped token teaches nothing, as in PPO", "RL/cispo.py",
+    "surrogate = ratio.clamp(max=1 + clip_eps_high) * advantages[:, None] * logprobs",
+    "surrogate = ratio * (ratio <= 1 + clip_eps_high) * advantages[:, None] * logprobs",
+    "siblings.py::test_cispo_weight")
+
+put("ppo-verdict-on-the-first", "the verdict is given to the first token", "RL/ppo.py",
+    "last = mask.shape[1] - 1 - mask.flip(1).argmax(1)", "last = mask.argmax(1)",
+    "siblings.py::test_ppo_rewards")
+
+# ---------------------------------------------------------------------------- DPO
+
+put("ipo-target-sign", "rejected is to win by the margin", "DPO/ipo.py",
+    "((margins - 1 / (2 * beta)) ** 2).sum()", "((margins + 1 / (2 * beta)) ** 2).sum()",
+    "dpo_siblings.py::test_ipo", "dpo_siblings.py::test_signs")
+
+put("ipo-target-doubled", "the target is 1 / beta instead of 1 / (2 beta)", "DPO/ipo.py",
+    "((margins - 1 / (2 * beta)) ** 2).sum()", "((margins - 1 / beta) ** 2).sum()",
+    "dpo_siblings.py::test_ipo")
+
+put("ipo-mean-over-tokens", "means over tokens: the target margin means something else",
+    "DPO/ipo.py", "rewards = sums - (ref_logprobs * completion_mask).sum(1)",
+    "rewards = (sums - (ref_logprobs * completion_mask).sum(1)) / completion_mask.sum(1)",
+    "dpo_siblings.py::test_ipo")
+
+put("simpo-not-normalised", "sums over tokens without a reference to cancel the length",
+    "DPO/simpo.py", "rewards = beta * sums / completion_mask.sum(1)", "rewards = beta * sums",
+    "dpo_siblings.py::test_simpo_is_blind_to_length")
+
+put("simpo-gamma-sign", "chosen may lose by the margin", "DPO/simpo.py",
+    "F.logsigmoid(margins - gamma)", "F.logsigmoid(margins + gamma)",
+    "dpo_siblings.py::test_simpo_of_equal_means", "dpo_siblings.py::test_simpo_value")
+
+put("orpo-odds-cancel", "log(1 - p) as it is written: near p = 1 all its digits are lost",
+    "DPO/orpo.py", "(-torch.expm1(near)).log()", "(1 - near.exp()).log()",
+    "gaps.py::test_orpo_in_fp32")
+
+put("orpo-imitates-rejected", "the likelihood term is rejected's", "DPO/orpo.py",
+    "nll = -means.chunk(2)[0]", "nll = -means.chunk(2)[1]",
+    "dpo_siblings.py::test_orpo_imitates_chosen_alone")
+
+put("kto-matched-pairs", "the KL of the very completions that are pushed", "DPO/kto.py",
+    "for pair in zip(rows, rows[1:] + rows[:1])", "for pair in zip(rows, rows)",
+    "dpo_siblings.py::test_mismatch", "dpo_siblings.py::test_baseline_is_of_mismatched_pairs")
+
+put("kto-shifted-values", "the batch's own gains in another order: their mean is the same",
+    "DPO/kto.py", "in split(mismatch(rows, model.cfg.block_size)[rank::world], cfg.micro_batch)",
+    "in split((rows[1:] + rows[:1])[rank::world], cfg.micro_batch)",
+    "dpo_siblings.py::test_baseline_is_of_mismatched_pairs")
+
+put("kto-kl-of-one-rank", "each rank has its own KL, clamped before the sum", "DPO/kto.py",
+    "return max(0.0, all_sum(gap=gap)[\"gap\"] / (2 * len(rows)))",
+    "return all_sum(gap=max(0.0, gap))[\"gap\"] / (2 * len(rows))",
+    "gaps.py::test_kto_baseline_of_two_ranks")
+
+put("kto-kl-negative", "a KL below 0 is used as it is", "DPO/kto.py",
+    "return max(0.0, all_sum(gap=gap)[\"gap\"] / (2 * len(rows)))",
+    "return all_sum(gap=gap)[\"gap\"] / (2 * len(rows))",
+    "dpo_siblings.py::test_baseline_is_of_mismatched_pairs")
+
+put("kto-undesirable-sign", "undesirable rows are made likelier", "DPO/kto.py",
+    "torch.sigmoid(beta * (rejected - kl))", "torch.sigmoid(beta * (kl - rejected))",
+    "dpo_siblings.py::test_signs", "dpo_siblings.py::test_kto_value")
+
+put("kto-weights-exchanged", "the weight of desirable rows on the undesirable", "DPO/kto.py",
+    "losses = (lam_d * torch.sigmoid", "losses = (lam_u * torch.sigmoid",
+    "dpo_siblings.py::test_kto_value")
+
+# ---------------------------------------------------------------------------- checkpoints, resume
+
+put("not-strict", "a checkpoint that does not fit is loaded in part: training from random weights",
+    "model.py", "module.load_state_dict(weights, strict=True)",
+    "module.load_state_dict(weights, strict=False)", "kernel.py::test_strict")
+
+put("architecture-by-default", "a switch that the checkpoint does not name gets its default",
+    "model.py", "if set(parts[\"gpt\"]) != known:", "if set(parts[\"gpt\"]) - known:",
+    "kernel.py::test_strict")
+
+put("pickle-runs-code", "a foreign checkpoint may run code", "model.py",
+    "torch.load(path, map_location=device, weights_only=True)",
+    "torch.load(path, map_location=device, weights_only=False)",
+    "kernel.py::test_a_pickle_with_code_is_refused")
+
+put("save-in-place", "a save that stops half way destroys the old checkpoint", "model.py",
+    "path, new = str(path), f\"{path}.new\"", "path = new = str(path)",
+    "kernel.py::test_save_is_atomic")
+
+put("resume-under-other-flags", "an unfinished run is continued under another configuration",
+    "model.py", "names = differing(parts[\"record\"], record)", "names = []",
+    "kernel.py::test_restore_is_strict")
+
+put("optimizer-not-restored", "a resume begins with fresh moments", "model.py",
+    "opt.load_state_dict(state)", "pass", "resume.py::test_stopped_at_any_step[01_sft]")
+
+put("data-order-not-restored", "a resumed run sees the first batches again", "01_sft.py",
+    "sample_rows(len(train), cfg.batch_size, cfg.seed, step)",
+    "sample_rows(len(train), cfg.batch_size, cfg.seed, step - first)",
+    "resume.py::test_stopped_at_any_step[01_sft]")
+
+put("log-not-cut-back", "after a resume the log has some steps twice", "model.py",
+    " if json.loads(line)[\"step\"] < first]", "]", "gaps.py::test_log_is_cut_back")
+
+# ---------------------------------------------------------------------------- evaluation
+
+put("pass-at-k-biased", "pass@k from the mean of the samples, as if they were drawn again",
+    "eval.py", "return 1 - math.comb(n - right, k) / math.comb(n, k)",
+    "return 1 - (1 - right / n) ** k", "eval_chat.py::test_pass_at_k_counts_subsets")
+
+# ---------------------------------------------------------------------------- ranks
+
+put("wrapper-bypassed", "the training forward calls the raw module: replicas drift apart",
+    "04_rlvr.py", "grpo_loss(ddp(ids, targets", "grpo_loss(model(ids, targets",
+    "ranks.py::test_weights[04_rlvr-2]")
+
+put("no-sync-inverted", "gradients of the last micro-batch are not reduced", "03_dpo.py",
+    "with nullcontext() if last or world == 1", "with nullcontext() if not last or world == 1",
+    "ranks.py::test_weights[03_dpo-2]")
+
+put("counts-of-one-rank", "each rank divides by its own count: a mean of means over ranks",
+    "model.py", "    dist.all_reduce(t)\n", "    t = t * dist.get_world_size()\n",
+    "ranks.py::test_first_gradient[01_sft-2]")
+
+put("divided-twice", "the sum over ranks is divided by their number as well", "02_cot.py",
+    "p.grad.mul_(world / count)", "p.grad.mul_(1 / count)",
+    "ranks.py::test_first_gradient[02_cot-2]")
+
+put("head-by-rank", "a head that each rank draws for itself, after the wrapper made them equal",
+    "06_reward.py", "    ddp = wrap(scorer)\n",
+    "    ddp = wrap(scorer)\n    torch.manual_seed(cfg.seed + rank)\n"
+    "    nn.init.normal_(scorer.head.weight, std=0.1)\n", "ranks.py::test_weights[06_reward-2]")
+
+# ---------------------------------------------------------------------------- without a mutation
+
+WITHOUT = {
+    "losses of different vocabularies compared": "eval.py has bits a character, with its tests",
+    "rows that start at a document's start": "a choice that costs a little, not a mistake",
+    "names with _orig_mod. after torch.compile": "not-strict covers it: the names are refused",
+    "a partial accumulation window that never steps": "update gets the step's whole batch",
+    "integer types on mps": "needs the hardware",
+    "0/0 on a micro-batch without a counted token": "sums are never divided one by one",
+    "prompt and completion encoded together": "a tag stands at the seam: nothing can merge there",
+    "dropout in policy or reference": "there is none",
+    "mismatched prompts of a pair": "a row has one prompt for both sides",
+    "split of transcripts into turns": "rows arrive as turns",
+    "metrics of the last micro-batch alone": "they are summed beside the loss, by the same line",
+    "a gradient through KTO's baseline": "it is a Python number",
+    "score depends on the batch": "score-at-the-last-place: the same test",
+    "unused head under the wrapper": "would hang, not assert: 06 switches its gradient off",
+    "negative KL by top-k in rollouts": "generate has no top-k, and the stages use no top-p",
+    "early stop by KL that ranks do not agree on": "there is no early stop",
+    "advantages normalised twice": "whiten is called once; its test compares the values",
+    "text after the answer's marker": "part-of-the-completion: the same test",
+    "first or last of two answers": "a second answer is a format error, in test_verify",
+    "learning rates that destroy small models": "a measurement: the recorded runs show it",
+    "evaluation on rank 0 alone": "would hang at the next sum, not assert",
+    "the optimizer's state carried over to the next stage": "a choice: every stage starts afresh",
+    "more than one epoch of the reward model": "a measurement: the recorded runs show it",
+    "keys and values cached in another type": "exact tests in float64, and 1e-4 in fp32, compare",
+    "decoding past a sliding window": "there is no window: the context's edge ends a completion",
+}
+
+# ---------------------------------------------------------------------------- the program
+
+
+def git(*args):
+    return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True,
+                          text=True).stdout
+
+
+def tree():
+    """What belongs to the project: tracked files and new ones, without what runs leave behind."""
+    names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    return sorted({n for n in names if n and not n.startswith(("out/", "results/"))
+                   and os.path.lexists(ROOT / n)})
+
+
+def copy_tree(names, to):
+    for name in names:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, to / name, follow_symlinks=False)      # RL/model.py is a link
+
+
+def pytest(folder, tests, limit):
+    """Run the tests in this copy -> "passed", "failed" (an assertion) or "broken", and why."""
+    report = folder / "junit.xml"
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "SKIP_DONE")}
+    with open(folder / "said", "w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+             f"--basetemp={folder}/tmp", f"--junitxml={report}", *tests], cwd=folder, stdout=said,
+            stderr=subprocess.STDOUT, start_new_session=True,
+            env=env | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            for sign in (signal.SIGTERM, signal.SIGKILL):     # torchrun ends its ranks on the first
+                os.killpg(process.pid, sign)
+                time.sleep(5)
+            process.wait()
+            return "broken", f"no end after {limit} s"
+        said.seek(0)
+        tail = said.read()[-1500:]
+    if process.returncode == 0:
+        return "passed", ""
+    if process.returncode != 1 or not report.is_file():
+        return "broken", f"pytest ended with {process.returncode}\n{tail}"
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    said = {kind: [(case.get("name"), e.get("message", "")) for case in cases
+                   for e in case.findall(kind)] for kind in ("error", "failure")}
+    asserted = [(name, message) for name, message in said["failure"]
+                if message.startswith(("assert ", "AssertionError", "Failed: "))]
+    if said["error"] or not asserted:
+        return "broken", f"no assertion: {(said['error'] + said['failure'] + [tail])[0]}"
+    name, message = asserted[0]
+    return "failed", f"{name}: {message.splitlines()[0]}"[:78]
+
+
+def tried(base, work, mutation):
+    """Apply one mutation to a copy -> its verdict, the reason, seconds."""
+    begun, folder = time.monotonic(), work / mutation.name
+    text = (base / mutation.file).read_text() if (base / mutation.file).is_file() else ""
+    if text.count(mutation.old) != 1:
+        return "broken", f"its text is {text.count(mutation.old)} times in {mutation.file}", 0.0
+    shutil.copytree(base, folder, symlinks=True)
+    (folder / mutation.file).write_text(text.replace(mutation.old, mutation.new))
+    outcome, why = pytest(folder, mutation.tests, LIMIT)
+    shutil.rmtree(folder, ignore_errors=True)
+    if outcome == "passed":
+        why = f"{mutation.file}, {' '.join(mutation.tests)}"
+    verdict = {"failed": "killed", "passed": "survived"}.get(outcome, outcome)
+    return verdict, why, time.monotonic() - begun
+
+
+def since_the_record():
+    """The recorded names that need no new run, or none where that cannot be known."""
+    try:
+        record = json.loads(RECORD.read_text())
+        changed = set(git("diff", "--name-only", record["commit"], "--").split())
+        changed |= set(git("ls-files", "--others", "--exclude-standard").split())
+    except (OSError, ValueError, KeyError, subprocess.CalledProcessError):
+        return set()
+    if {"tests/conftest.py", "tests/mutations.py", "requirements.txt"} & changed:
+        return set()
+    if "tests/rank_worker.py" in changed:
+        changed.add("tests/test_ranks.py")
+    return {m.name for m in MUTATIONS if m.name in record["names"] and not changed & {
+        m.file, *(t.split("::")[0] for t in m.tests)}}
+
+
+def write_record(names):
+    """Atomic. The commit is named only if the tree is that commit: else nothing is known of it."""
+    dirty = [line for line in git("status", "--porcelain").splitlines()
+             if not line[3:].startswith(("out/", "results/"))]
+    RECORD.parent.mkdir(exist_ok=True)
+    new = RECORD.with_suffix(".json.new")
+    new.write_text(json.dumps({
+        "commit": "" if dirty else git("rev-parse", "HEAD").strip(), "killed": len(names),
+        "total": len(MUTATIONS), "names": sorted(names)}, indent=1) + "\n")
+    os.replace(new, RECORD)
+
+
+def attempt(chosen, jobs):
+    """Yield (mutation, verdict, reason, seconds) as they come, after the unmutated copy's own:
+    its mutation is None. Nothing follows if that does not pass."""
+    work = Path(tempfile.mkdtemp(prefix="mutations-"))
+    try:
+        base, first, begun = work / "unmutated", work / "first", time.monotonic()
+        copy_tree(tree(), base)
+        shutil.copytree(base, first, symlinks=True)
+        tests = sorted({t for m in chosen for t in m.tests})
+        outcome, why = pytest(first, tests, 3 * LIMIT)
+        yield None, outcome, why, time.monotonic() - begun
+        if outcome != "passed":
+            return
+        with ThreadPoolExecutor(max(1, jobs)) as pool:
+            runs = {pool.submit(tried, base, work, m): m for m in chosen}
+            try:
+                for done in as_completed(runs):
+                    yield runs[done], *done.result()
+            finally:
+                pool.shutdown(cancel_futures=True)         # after Ctrl-C only the running ones end
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def show():
+    for m in MUTATIONS:
+        print(f"{m.name:38} {m.file:15} {m.slip}")
+    for slip, reason in WITHOUT.items():
+        print(f"{'(none)':38} {'':15} {slip}: {reason}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", action="append", help="this one; repeatable")
+    parser.add_argument("--list", action="store_true", help="names and mistakes, without a run")
+    parser.add_argument("--jobs", type=int, default=2, metavar="2")
+    parser.add_argument("--changed", action="store_true",
+                        help="leave out what the record has and nothing has touched since")
+    args = parser.parse_args()
+    names = [m.name for m in MUTATIONS]
+    assert len(set(names)) == len(names), "a name is there twice"
+    if args.list:
+        return show()
+    unknown = set(args.only or []) - set(names)
+    if unknown:
+        parser.error(f"no mutation is called {', '.join(sorted(unknown))}; --list shows them")
+    kept = since_the_record() if args.changed else set()
+    chosen = [m for m in MUTATIONS if m.name in (args.only or names) and m.name not in kept]
+    chosen.sort(key=lambda m: "test_ranks" not in str(m.tests))          # the slow ones first
+    begun, killed, lost = time.monotonic(), set(), []
+    for m, verdict, why, seconds in attempt(chosen, args.jobs) if chosen else []:
+        name = f"{m.name}: {m.slip}" if m else "the named tests, without a mutation"
+        print(f"{verdict:9} {seconds:6.1f} s  {name}", *([f"\n{'':20}{why}"] if why else []),
+              flush=True)
+        if m is None and verdict != "passed":
+            print("the named tests must pass before anything is changed")
+            return 1
+        if m is not None:
+            (killed.add if verdict == "killed" else lost.append)(m.name)
+    seconds = int(time.monotonic() - begun)
+    print(f"{len(killed)} of {len(chosen)} killed in {seconds // 60}:{seconds % 60:02}"
+          + (f", {len(kept)} unchanged since the record" if kept else "")
+          + (f"; not killed: {', '.join(lost)}" if lost else ""))
+    if not args.only:
+        write_record(killed | kept)
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
