@@ -26,7 +26,7 @@ class Printer:
     def __call__(self, _, tokens):
         for token in tokens:
             self.ids.append(token)
-            if token < self.tokenizer.base:
+            if token not in self.tokenizer.control:
                 self.plain.append(token)
                 self.flush(final=False)
                 continue
@@ -73,7 +73,7 @@ class Talk:
         self.turn += 1
         if not args.raw:
             tok = self.tokenizer           # what an answer may hold; <|user|> would end the turn
-            said = tok.decode([i for i in ids if i < tok.base or i >= tok.tags["<think>"]])
+            said = tok.decode([i for i in ids if tok.control.get(i, "")[:2] != "<|"])
             self.messages += [{"role": "user", "content": text},
                               {"role": "assistant", "content": said}]
 

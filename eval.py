@@ -156,7 +156,8 @@ def greedy(args, stage, mode, n):
     stage.right[mode] = {rows[i]["id"]: right[i] or 0.0 for i in held}
     out = {mode: share(list(stage.right[mode].values()))}
     for steps, hits in grouped([row.get("steps") for row in rows], right).items():
-        out[f"{mode}, steps {steps}"] = share([h or 0.0 for h in hits])
+        if steps is not None:
+            out[f"{mode}, steps {steps}"] = share([h or 0.0 for h in hits])
     if mode == "free":
         out |= {"format": share([r is not None for r in right]),
                 "stops": share([ids[-1] == stage.tokenizer.end for _, ids, _ in said]),
@@ -175,7 +176,8 @@ def sampled(args, stage):
                      for f in (lambda s: len(s[1]), lambda s: s[2]))
     votes = [majority([t for t, _, _ in g], row["answer"]) for row, g in zip(rows, said)]
     stage.right["pass@1"] = {row["id"]: hits.mean() for row, hits in zip(rows, right)}
-    out = {"pass@1": ratio(right.mean(1)), "maj@k": share(votes),
+    interval = ratio if right.mean(1).std() else share      # the normal one would have no width
+    out = {"pass@1": interval(right.mean(1)), "maj@k": share(votes),
            "pass@k": share([pass_at_k(k, int(hits.sum()), k) for hits in right]),
            "length sampled": ratio(lengths.mean(1))}
     if stage.init:
@@ -302,7 +304,7 @@ def table(title, names, rows):
     for label, figures in rows:
         found, cells = [figures.get(name) for name in kept], []
         for name, f in zip(kept, found):
-            plain = re.match("length|KL|bits|margin", name)
+            plain = re.match("length|KL|bits|margin|perplexity", name)
             scale, digits = 1 if plain else 100, 3 if plain and name[0] in "Kb" else 1
             half = f and (f["high"] - f["low"]) / 2 * scale
             cells.append(f"{f['mean'] * scale:.{digits}f} ±{half:.{digits}f}" if f else "-")
@@ -364,12 +366,14 @@ def plots(args, results):
                 if points:
                     axis.errorbar(*points, label=label, marker="o" if len(points[0]) < 12 else None)
             axis.set_title(title)
+            axis.set_xlabel("steps of the question" if title.startswith("accuracy,") else "step")
             axis.legend(fontsize=8)
         figure.tight_layout()
         figure.savefig(f"{args.out}/{file}", dpi=100)
         plt.close(figure)
 
-    draw("learning_curves.png", {s: {k: curve(s, k) for k in ("loss", "val_loss")} for s in logs})
+    draw("learning_curves.png", {s: {k: curve(s, k) for k in ("loss", "val_loss")}
+                                  for s in logs if curve(s, "val_loss")})
     draw("margins.png", {f"{s}: {k}": {v + k: curve(s, v + k) for v in ("", "val_")}
                          for s in ("03_dpo", "06_reward") for k in ("margins", "accuracy")})
     draw("rl.png", {k: {s: curve(s, k) for s in ("04_rlvr", "05_ppo")}

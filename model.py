@@ -50,11 +50,16 @@ class Tokenizer:
     {"kind": "chars", "chars": "..."}, {"kind": "tiktoken", "name": "gpt2"} or
     {"kind": "json", "json": {a Hugging Face tokenizer.json}}. The tags get the ids after the base.
 
+    A tokenizer.json may bring a chat of its own: "template", the fixed text between turns, by the
+    roles before and after ("user": at the start, "user assistant", "assistant user", ...). Then
+    <|end|> is the token that closes its assistant's turns, and only the reasoning tags that it
+    lacks get new ids. "config" is what convert.py hands back to a tokenizer_config.json.
+
     `encode` never yields a tag, whatever the text says; `encode_completion` and the template do.
     """
 
     def __init__(self, spec):
-        self.spec, kind = spec, spec.get("kind")
+        self.spec, kind, own, self.between = spec, spec.get("kind"), {}, {}
         if kind == "chars":
             self.chars = spec["chars"]
             self.index = {c: i for i, c in enumerate(self.chars)}
@@ -69,13 +74,24 @@ class Tokenizer:
             base = self.bpe.n_vocab
         elif kind == "json":
             import tokenizers
-            self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec["json"]))
+            self.hf = tokenizers.Tokenizer.from_str(json.dumps(as_control(spec["json"])))
+            self.hf.no_truncation()
+            self.hf.no_padding()
+            for roles, text in spec.get("template", {}).items():
+                self.between[roles] = self.hf.encode(text, add_special_tokens=False).ids
             self.hf.encode_special_tokens = True     # "<|im_start|>" in user text stays text
-            base = self.hf.get_vocab_size(with_added_tokens=True)
+            own = {t.content: i for i, t in self.hf.get_added_tokens_decoder().items()}
+            base = 1 + max(self.hf.get_vocab(with_added_tokens=True).values())
         else:
             fail(f"unknown tokenizer kind {kind!r}: expected chars, tiktoken or json")
-        self.kind, self.base, self.vocab_size = kind, base, base + len(TAGS)
-        self.tags = {tag: base + i for i, tag in enumerate(TAGS)}
+        if self.between:
+            own["<|end|>"] = self.between["assistant user"].pop(0)
+        wanted = TAGS[:1] + TAGS[4 if self.between else 1:]
+        new = [tag for tag in wanted if tag not in own]
+        ids = own | {tag: base + i for i, tag in enumerate(new)}
+        self.kind, self.base, self.vocab_size = kind, base, base + len(new)
+        self.tags = {tag: ids[tag] for tag in wanted}
+        self.control = {i: tag for tag, i in self.tags.items()}
         self.end = self.tags["<|end|>"]
 
     def encode(self, text):
@@ -100,7 +116,7 @@ class Tokenizer:
         """ids -> text, tags written out."""
         out, plain = [], []
         for i in list(ids) + [None]:
-            if i is not None and i < self.base:
+            if i is not None and i < self.base and i not in self.control:
                 plain.append(i)
                 continue
             if plain:
@@ -109,8 +125,17 @@ class Tokenizer:
                            else self.hf.decode(plain, skip_special_tokens=False))
                 plain = []
             if i is not None:
-                out.append(TAGS[i - self.base] if i < self.vocab_size else "")   # padding ids
+                out.append(self.control.get(i, ""))     # "": padding ids
         return "".join(out)
+
+    def header(self, before, role):
+        """The ids that open a turn of `role` after one of `before` ("" at the start)."""
+        if not self.between:
+            return [self.tags[f"<|{role}|>"]]
+        if f"{before} {role}".strip() not in self.between:
+            raise ValueError(f"this model's own chat has no {role!r} turn "
+                             + (f"after a turn of {before!r}" if before else "at the start"))
+        return self.between[f"{before} {role}".strip()]
 
     def chat(self, messages):
         """[{"role", "content"}, ...] -> ids, completion_mask (lists of equal length).
@@ -120,16 +145,17 @@ class Tokenizer:
         prompt has the same ids in training and in rollouts. If the last turn is the user's, the
         assistant's header is appended: this is the prompt to complete.
         """
-        ids, mask = [], []
+        ids, mask, before = [], [], ""
         for m in messages:
-            new = m["role"] == "assistant"
+            new, head = m["role"] == "assistant", self.header(before, m["role"])
             body = (self.encode_completion if new else self.encode)(m["content"])
-            body = [self.tags[f"<|{m['role']}|>"]] + body + [self.end] * new
-            ids += body
-            mask += [0] + [int(new)] * (len(body) - 1)
-        if messages[-1]["role"] != "assistant":
-            ids.append(self.tags["<|assistant|>"])
-            mask.append(0)
+            body = body + [self.end] * new
+            ids += head + body
+            mask += [0] * len(head) + [int(new)] * len(body)
+            before = m["role"]
+        if before != "assistant":
+            head = self.header(before, "assistant")
+            ids, mask = ids + head, mask + [0] * len(head)
         return ids, mask
 
     def prompt(self, prompt, primer=""):
@@ -137,6 +163,14 @@ class Tokenizer:
         `primer` opens the completion, for example "<think>"."""
         ids, _ = self.chat(turns(prompt))
         return ids + self.encode_completion(primer)
+
+
+def as_control(spec):
+    """A tokenizer.json with every added <tag> as a special token: Qwen3's <think> is none, and
+    could be written by a user."""
+    tag = lambda t: t["content"][:1] == "<" and t["content"][-1:] == ">"
+    return spec | {"added_tokens": [t | {"special": t.get("special", False) or tag(t)}
+                                    for t in spec.get("added_tokens", [])]}
 
 
 def turns(prompt):
@@ -167,7 +201,8 @@ def read_bytes(path, made_by=""):
 def prepares(path):
     """The command that makes the data file `path`, by the name of its folder."""
     name = os.path.basename(os.path.dirname(os.path.abspath(path)))
-    return f"python data/{name}.py" if re.fullmatch(r"\w+", name) else "its script in data/"
+    made_by = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", f"{name}.py")
+    return f"python data/{name}.py" if os.path.isfile(made_by) else "its script in data/"
 
 
 def read_json(path):
@@ -351,10 +386,10 @@ class KVCache:
         shape = cfg.n_layer, rows, cfg.n_kv_head, length, cfg.head_dim
         self.k, self.v = (torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in "kv")
 
-    def keep(self, rows, n):
-        """Move the given rows to the front; only the first n positions hold anything yet."""
+    def move(self, rows, to, n):
+        """Copy rows to other places; only the first n positions hold anything yet."""
         for t in (self.k, self.v):
-            t[:, : len(rows), :, :n] = t[:, rows, :, :n]
+            t[:, to, :, :n] = t[:, rows, :, :n]
 
 
 class Attention(nn.Module):
@@ -591,9 +626,12 @@ def generate(model, prompts, max_new, end, temperature=1.0, seed=0, step=0, rows
             finished = int(stopped[active].sum())
             if finished == len(active) or finished > len(active) // 8:
                 left = (~stopped[active]).nonzero()[:, 0]
-                if len(left):
-                    cache.keep(left, int((lengths + count).max()))
-                active = active[left]
+                last = left[left >= len(left)]          # the last rows fill the gaps before them
+                gaps = stopped[active[: len(left)]].nonzero()[:, 0]
+                if len(last):
+                    cache.move(last, gaps, int((lengths + count).max()))
+                active[gaps] = active[last]
+                active = active[: len(left)]
                 new = list(range(waiting, min(N, waiting + S - len(active))))
                 waiting += len(new)
                 if new:
@@ -645,27 +683,58 @@ def parse(completion):
     return match and (match[1] or "", match[2].strip())
 
 
+# One number as people write it: $1,234.50, -7, 1/2, 1 1/2, 50 %, 72 clips, 5 miles per hour; no
+# unit is a word that would change its value.
+NUMBER = re.compile(
+    r"([$€£]?) ?([+-]?) ?([$€£]?) ?(?:(\d+) (?=\d+/))?"
+    r"([1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:/(\d+))?(?: ?([%°$€£])| (?!dozen|score|"
+    r"hundred|thousand|\w+illion|grand\b|hal[fv]|third|quarter|(?:four|fif|six|seven|eigh|nin|ten)"
+    r"ths?\b|squared|cubed|factorial|pi\b)((?:(?:square|cubic) )?[a-z]{2,}(?: per [a-z]+)?))?",
+    re.ASCII)
+UNITS = {"dollar": "$", "dollars": "$", "percent": "%", "degree": "°", "degrees": "°"}
+LATEX = [(r"\\[dt]frac", r"\\frac"), (r"^\$(.*)\$\.?$", r"\1"), (r"^\\boxed ?\{(.*)\}\.?$", r"\1"),
+         (r"\\frac ?(?:\{(-?\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))", r" \1\2/\3\4"), ("\u2212", "-"),
+         (r"\\text ?\{([^{}]*)\}", r" \1"), (r"\^(\\circ|\{\\circ\})", "°"),
+         (r"\\left|\\right|\\[!,;]", ""), (r"\\([$%])", r"\1")]
+
+
+def plain(text):
+    """Simple LaTeX, double spaces and the period at the end go; the rest stays as it is."""
+    text = " ".join(text.split())
+    for pattern, new in LATEX:
+        text = re.sub(pattern, new, text)
+    return " ".join(text.split()).removesuffix(".").strip()
+
+
+def quantity(text):
+    """One number, perhaps with a unit -> (Fraction, {unit} or {}); None for anything else."""
+    match = NUMBER.fullmatch(plain(text).lower()) if len(text) <= 100 else None
+    if match is None or match[6] and not int(match[6]):
+        return None
+    before, sign, after, whole, top, bottom, symbol, word = (part or "" for part in match.groups())
+    value = Fraction(top.replace(",", "")) / int(bottom or 1) + int(whole or 0)
+    return -value if sign == "-" else value, {before, after, symbol, UNITS.get(word, word)} - {""}
+
+
 def number(text):
-    """"$1,234.50", "1/2", "-7." -> Fraction; None if it is not one number."""
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip()).removesuffix(".").removesuffix("%")
-    text = re.sub(r"^([+-]?)\s*\$\s*", r"\1", text).strip()
-    if len(text) > 100 or not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(/\d+)?", text, re.ASCII):
-        return None
-    top, _, bottom = text.partition("/")
-    if bottom and not int(bottom):
-        return None
-    return Fraction(top) / int(bottom or 1)
+    """The value of `quantity`, a Fraction, or None."""
+    return (quantity(text) or [None])[0]
 
 
 def verify(completion, answer):
     """1.0 if the completion's answer is `answer`, 0.0 if it is another, None if the completion is
     not [<think>...</think>]<answer>...</answer><|end|> from its first to its last character.
-    (None is no reward as well, but counted apart.) Numbers are compared by value."""
+    (None is no reward as well, but counted apart.) `answer` begins after its last ####. Numbers are
+    compared by value, and units where both have one (50% is 50); the rest by what it says."""
     found = parse(completion)
     if found is None:
         return None
-    a, b = number(found[1]), number(answer)
-    return float(found[1] == answer.strip() if a is None or b is None else a == b)
+    said, answer = found[1], answer.rpartition("####")[2]
+    a, b = quantity(said), quantity(answer)
+    if a and b:
+        return float(a[0] == b[0] and (a[1] == b[1] or not a[1] or not b[1]))
+    said, answer = (re.sub(r" ?([^\w ]) ?", r"\1", plain(text)) for text in (said, answer))
+    return float(not (a or b) and said == answer != "")
 
 
 # ---------------------------------------------------------------------------- optimizers

@@ -174,7 +174,7 @@ put("padding-is-seen", "a short row attends to what lies behind its end", "model
     "position[:, None]", "kernel.py::test_generate_in_fp32")
 
 put("cache-not-moved", "rows leave, and the others keep decoding with their neighbours' keys",
-    "model.py", "cache.keep(left, int((lengths + count).max()))", "cache.keep(left, 0)",
+    "model.py", "cache.move(last, gaps, int((lengths + count).max()))", "cache.move(last, gaps, 0)",
     "kernel.py::test_generate_in_fp32", "kernel.py::test_generate[gpt2-2.0]")
 
 put("stop-token-not-reinforced", "the sampled <|end|> has mask 0: stopping is never reinforced",

@@ -182,6 +182,8 @@ def test_eval_without_steps_and_other_files(world, tmp_path):
     assert "val.bin is not there" in done.stdout
     figures = json.loads((tmp_path / "results.json").read_text())["stages"]["02_cot"]
     assert figures["free"]["n"] == 6 and figures["pass@1"]["n"] == 4 and "careful" not in figures
+    assert not [name for name in figures if "steps" in name]
+    assert figures["pass@1"]["low"] < figures["pass@1"]["high"]    # 0 of 4 is not known to be 0
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -212,7 +214,7 @@ def test_chat_one_shot(world):
 
 class Bytes:
     """Tokens are single bytes, as in the worst case of a BPE."""
-    base, end = 256, 256
+    base, end, control = 256, 256, {256: "<|end|>", 260: "<think>"}
 
     def decode(self, ids):
         return "".join(["<think>"] if ids == [260] else bytes(ids).decode("utf-8", "replace"))

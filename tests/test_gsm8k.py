@@ -1,76 +1,79 @@
 """data/gsm8k.py on rows in the source's own format, and the stages on what it writes."""
-import importlib.util
 import json
-import sys
 
 import pytest
-from conftest import CHARS, ROOT, kernel, run, steps_of, write_rows
+from conftest import CHARS, kernel, run, steps_of, write_rows
+from test_data import read, script  # noqa: F401  (a fixture)
 
 ROWS = [{"question": "Ann has 12 nuts and finds 5. How many?",
          "answer": "She has 12+5 = <<12+5=17>>17 nuts.\n#### 17"},
         {"question": "A coat is $1,000, now half. Price?",
          "answer": "Half of 1000 is <<1000/2=500>>500.\nSo it is $<<500=500>>500.\n#### 1,500"},
         {"question": "No mark here?", "answer": "It is 3."},
-        {"question": "A tag?", "answer": "It is <think>3.\n#### 3"}]
+        {"question": "A tag?", "answer": "It is <think>3.\n#### 3"},
+        {"question": "No number?", "answer": "It is red.\n#### red"}]
 
 
 @pytest.fixture
-def gsm8k(monkeypatch):
-    """The script as a module; characters stand in for tiktoken's files, which need the network."""
-    monkeypatch.syspath_prepend(ROOT / "data")
-    spec = importlib.util.spec_from_file_location("gsm8k", ROOT / "data/gsm8k.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def gsm8k(script, tmp_path):  # noqa: F811
+    """gsm8k(train rows, test rows) runs it; characters stand in for gpt2."""
     letters = "".join(sorted(set(CHARS) | set("ABCDEFGHIJKLMNOPQRSTUVWXYZ'")))
-    monkeypatch.setattr(module, "Tokenizer",
-                        lambda _: kernel.Tokenizer({"kind": "chars", "chars": letters}))
-    yield module
-    sys.modules.pop("common", None)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "chars", "chars": letters}))
+
+    def gsm8k(train, test, *more):
+        for name, rows in (("train", train), ("test", test)):
+            write_rows(tmp_path / f"{name}.jsonl", rows)
+        script("gsm8k").main([
+            "--train", f"{tmp_path}/train.jsonl", "--test", f"{tmp_path}/test.jsonl",
+            "--tokenizer", f"{tmp_path}/tokenizer.json", "--out", f"{tmp_path}/out", *more])
+        return tmp_path / "out"
+    return gsm8k
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def many(n):
+    return [dict(ROWS[i % 2], question=f"Question {i} is of val?") for i in range(n)]
 
 
-def test_rows(gsm8k, tmp_path, capsys):
+def test_rows(gsm8k, capsys):
     """Calculator marks go, the answer is after ####, what has none (or says a tag) is counted."""
-    write_rows(tmp_path / "train.jsonl", ROWS[1:2] + ROWS)
-    write_rows(tmp_path / "test.jsonl", ROWS[:1])
-    gsm8k.main(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"), out=tmp_path / "out")
-    assert "train: 5 rows read, 3 kept, 2 dropped" in capsys.readouterr().out
-    cot = read(tmp_path / "out/cot_train.jsonl")
-    assert cot[0] == {"prompt": ROWS[0]["question"], "completion":
-                      "<think>She has 12+5 = 17 nuts.</think><answer>17</answer>"}
-    assert read(tmp_path / "out/sft_train.jsonl")[0]["completion"] == "<answer>17</answer>"
-    rl = read(tmp_path / "out/rl_train.jsonl")
-    assert rl[1] == {"prompt": ROWS[1]["question"], "answer": "1500", "steps": 2}
-    assert len(read(tmp_path / "out/rl_val.jsonl")) == 1           # one row in twenty, the first
-    assert not (tmp_path / "out/cot_test.jsonl").exists()          # the test file is only asked
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
-    gsm8k.main(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"), out=tmp_path / "out")
-    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+    out = gsm8k(ROWS + many(40), [dict(ROWS[0], question="Another?")])
+    said = capsys.readouterr().out
+    assert "train: 45 rows read, 42 kept, 3 dropped" in said
+    assert "1 no answer after '####'" in said and "1 a tag in the completion" in said
+    assert "1 the answer is not a number" in said
+    made = {kind: [row for part in ("train", "val") for row in read(out / f"{kind}_{part}.jsonl")
+                   if row["prompt"] in (ROWS[0]["question"], ROWS[1]["question"])]
+            for kind in ("cot", "sft", "rl")}
+    traced = "<think>She has 12+5 = 17 nuts.</think><answer>17</answer>"
+    assert {"prompt": ROWS[0]["question"], "completion": traced} in made["cot"]
+    assert {"prompt": ROWS[0]["question"], "completion": "<answer>17</answer>"} in made["sft"]
+    assert {"prompt": ROWS[1]["question"], "answer": "1500", "steps": 2} in made["rl"]
+    assert not (out / "cot_test.jsonl").exists()                   # the test file is only asked
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    gsm8k(ROWS + many(40), [dict(ROWS[0], question="Another?")])
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+
+def test_equal_questions_never_straddle(gsm8k, capsys):
+    rows = many(40)
+    shouted = [dict(row, question=row["question"].upper().replace(" ", "  ")) for row in rows]
+    out = gsm8k(rows + shouted, rows[:3])
+    assert "6 more dropped (their prompts are in test)" in capsys.readouterr().out
+    train, val = ({" ".join(row["prompt"].lower().split()) for row in read(out / f"rl_{s}.jsonl")}
+                  for s in ("train", "val"))
+    assert train and val and not train & val and len(train | val) == 37
 
 
 @pytest.mark.parametrize("rows, part", [(ROWS[2:3], "####"), ([{"question": "x"}], "'answer'")])
 def test_other_rows_are_refused(gsm8k, tmp_path, refuses, rows, part):
-    write_rows(tmp_path / "train.jsonl", rows)
-    refuses(lambda: gsm8k.main(str(tmp_path / "train.jsonl"), str(tmp_path / "train.jsonl"),
-                               out=tmp_path / "out"), part)
+    refuses(lambda: gsm8k(rows, rows), part)
     assert not list((tmp_path / "out").glob("*.jsonl"))
-
-
-def test_no_network(gsm8k, tmp_path, refuses, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)             # as an import that fails
-    refuses(lambda: gsm8k.main(out=tmp_path / "out"), "--train FILE", "openai/gsm8k")
 
 
 def test_the_stages_read_them(gsm8k, tmp_path, stages):
     """00, 01, 02 and 04 for two steps on these files, by their own names and flags."""
-    write_rows(tmp_path / "train.jsonl", ROWS[:2] * 20)
-    write_rows(tmp_path / "test.jsonl", ROWS[:2])
-    data, out = tmp_path / "data", str(tmp_path / "out")
-    gsm8k.main(str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"), out=data)
-    small = dict(data=str(data), out=out, steps=2, batch_size=4, device="cpu")
+    data, out = str(gsm8k(ROWS[:2] + many(40), ROWS[:2])), str(tmp_path / "run")
+    small = dict(data=data, out=out, steps=2, batch_size=4, device="cpu")
     pretrain = stages["00_pretrain"]
     run(pretrain, pretrain.Config(**small, n_layer=1, n_head=2, n_embd=16, block_size=200,
                                   window=32))
@@ -79,3 +82,5 @@ def test_the_stages_read_them(gsm8k, tmp_path, stages):
         stage = stages[name]
         run(stage, stage.Config(**small, **more, init=f"{out}/{init}.pt"))
         assert len(steps_of(f"{out}/{name}.jsonl")) == 2
+    assert kernel.read_tokens(f"{data}/val.bin", kernel.load_tokenizer(f"{data}/tokenizer.json"))[
+        -1] == kernel.load_tokenizer(f"{data}/tokenizer.json").end

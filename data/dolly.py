@@ -1,0 +1,32 @@
+"""data/dolly.py: Databricks Dolly's instructions -> sft_train.jsonl, sft_val.jsonl.
+
+    {"instruction", "context", "response", "category"}
+    ->  {"prompt": instruction, blank line, context; "completion": response; "kind": category}
+
+Copies that say input and output for context and response are read as well. Wikipedia's marks such
+as [42] leave the context, as the data's authors advise. Conover et al. 2023; CC BY-SA 3.0.
+
+    python data/dolly.py --train databricks-dolly-15k.jsonl     a local file
+    python data/dolly.py                           from the Hub (databricks/databricks-dolly-15k)
+"""
+import re
+
+from common import Drop, check, cli, field, prepare, untagged
+
+
+def convert(row):
+    task, answer = field(row, "instruction"), field(row, "response", "output")
+    given = re.sub(r"\[\d+\]", "", field(row, "context", "input")).strip()
+    if not task or not answer:
+        raise Drop("empty instruction or response")
+    return {"prompt": f"{task}\n\n{given}" if given else task, "completion": untagged(answer),
+            "kind": field(row, "category")}
+
+
+def main(argv=None):
+    args = check(cli(__doc__, "dolly", hub="databricks/databricks-dolly-15k").parse_args(argv))
+    prepare(args, "sft", convert)
+
+
+if __name__ == "__main__":
+    main()
