@@ -65,8 +65,9 @@ def judge(path, n_greedy=100, n_sampled=200, samples=4, pairs=False):
     """Held-out questions of 2-5 steps: greedy and sampled, <think> forced and free; KL; pairs."""
     program = ("import sys, json; sys.path.insert(0, '.'); sys.path.insert(0, 'bench'); "
                "import shootout; print(json.dumps(shootout.ask(*json.loads(sys.argv[1]))))")
+    flags = json.dumps([str(path), n_greedy, n_sampled, samples, pairs])
     done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps([str(path), n_greedy, n_sampled, samples, pairs])],
+        [sys.executable, "-c", program, flags],
         stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -80,8 +81,9 @@ def ask(path, n_greedy, n_sampled, samples, pairs):
     for mode in ("free", "think"):
         found[f"greedy {mode}"] = report.greedy(args, stage, mode, n_greedy)[mode]
     said = report.sampled(args, stage)
-    found |= {"sampled think": said["pass@1"], "careful": said["careful"], "KL": said.get("KL/token"),
-              "length": said["length sampled"], f"pass@{samples}": said["pass@k"]}
+    found |= {"sampled think": said["pass@1"], "careful": said["careful"],
+              "KL": said.get("KL/token"), "length": said["length sampled"],
+              f"pass@{samples}": said["pass@k"]}
     rows = report.first([r for r in stage.rows if not r.get("seen")], n_sampled // 4)
     right = [[report.verify(text, row["answer"]) == 1 for text, _, _ in group]
              for row, group in zip(rows, report.ask(args, stage, rows, "", 1.0, samples))]
@@ -171,7 +173,8 @@ def rl_table(runs, start):
                      *(spread(test(k)) for k in keys), spread(test("length"), 1),
                      spread(test("KL"), 1, 3), spread(clipped, 1, 3) if clipped else "no clip",
                      spread([sum(tokens(r)) for r in group], 1e-3, 0), *when])
-    return show(f"Under the verifier, {len(runs['grpo'])} seeds: mean (lowest..highest)", head, rows)
+    title = f"Under the verifier, {len(runs['grpo'])} seeds: mean (lowest..highest)"
+    return show(title, head, rows)
 
 
 def dpo_table(runs, start):

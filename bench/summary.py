@@ -49,7 +49,8 @@ def readme():
     """The README's text with its generated part renewed."""
     text = (ROOT / "README.md").read_text()
     head, _, rest = text.partition("<!-- bench/summary.py -->\n")
-    return f"{head}<!-- bench/summary.py -->\n{tables()}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    tail = rest.split("<!-- end -->", 1)[1]
+    return f"{head}<!-- bench/summary.py -->\n{tables()}\n<!-- end -->{tail}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""diffs.py: writes docs/diffs.md, the diff of every pair of sibling scripts with two sentences each.
+"""diffs.py: writes docs/diffs.md: the diff of every pair of siblings, with two sentences each.
 
     python docs/diffs.py            # a test compares the file with what this would write
 """
