@@ -7,8 +7,8 @@ cd "$(dirname "$0")"
 ./install.sh
 if [ "${1:-}" = all ]; then
   ./install.sh requirements-test.txt
-  .venv/bin/python -m pytest -q --durations=5 tests
+  .venv/bin/python -m pytest -q --durations=5 -n 2 --dist loadfile tests
   exec .venv/bin/python tests/mutations.py
 fi
-[ $# != 0 ] || set -- tests --ignore tests/slow
+[ $# != 0 ] || set -- -n 2 --dist loadfile tests --ignore tests/slow
 exec .venv/bin/python -m pytest -q --durations=5 "$@"

@@ -131,12 +131,11 @@ def pieces(documents, position):
 # ---------------------------------------------------------------------------- workers
 
 
-def start_worker(spec, val_share):
+def start_worker(spec, val_share, parent):
     """Runs once in each worker. Ctrl-C is the parent's; without a parent there is no work."""
     global tokenizer, share
     tokenizer, share = Tokenizer(spec), val_share
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
 
     def watch():
         while os.getppid() == parent:
@@ -259,7 +258,7 @@ def run(args, source, state, tokenizer, workers):
     files, count = open_parts(args.out, state, width), Counter(state["count"])
     progress, saved = Progress(args.name, count["train_tokens"] + count["val_tokens"]), 0.0
     pool = ProcessPoolExecutor(workers, initializer=start_worker,
-                               initargs=(tokenizer.spec, args.val_share))
+                               initargs=(tokenizer.spec, args.val_share, os.getpid()))
     try:
         pool.submit(int).result()          # the workers start now, before the Hub's threads
         enough = lambda: 0 < args.tokens <= count["train_tokens"]

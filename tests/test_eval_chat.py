@@ -113,7 +113,7 @@ def world(tmp_path_factory):
 
 def run(script, *flags, ranks=0, **kwargs):
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-             "--master_port=29617"] if ranks else [sys.executable]
+             "--standalone"] if ranks else [sys.executable]
     return subprocess.run([*start, str(ROOT / script), *map(str, flags)], capture_output=True,
                           text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
 

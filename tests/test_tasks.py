@@ -170,7 +170,7 @@ def files(tmp_path_factory):
 
 def run(*args, ranks=0):
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-             "--master_port=29631"] if ranks else [sys.executable]
+             "--standalone"] if ranks else [sys.executable]
     return subprocess.run([*start, str(ROOT / "tasks.py"), *map(str, args)], text=True,
                           capture_output=True, cwd=ROOT)
 
