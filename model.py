@@ -376,7 +376,7 @@ def rope_angles(cfg):
 def rotate(x, cos, sin):
     """Turn channel pairs (i, i + d/2) of x (B, H, T, d) by the angle of their position; cos, sin
     (T, d) hold it for both halves, -sin for the first."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class KVCache:

@@ -5,10 +5,10 @@
     loss = mean over pairs of - log p(chosen)
            - lam * log sigmoid(reward(x, chosen) - reward(x, rejected))
 
-ORPO (Hong et al. 2024, eq. 6-7). It may start from out/toy/01_sft.pt, or even 00_pretrain.pt, as
-well: it imitates chosen. Against 03_dpo.py: no reference, the odds of means, imitation beside it;
-the bars that differ: config, loss, training.
-    torchrun --nproc_per_node=4 DPO/orpo.py --init out/toy/01_sft.pt
+ORPO (Hong et al. 2024, eq. 6-7). It imitates chosen, so the pretrained or the SFT model can be its
+start as well, given more --steps. Against 03_dpo.py: no reference, the odds of means, imitation
+beside them; the bars that differ: config, loss, training.
+    torchrun --nproc_per_node=4 DPO/orpo.py --init out/toy/01_sft.pt --steps 600
 """
 import argparse, math, os
 from collections import Counter
@@ -38,7 +38,7 @@ class Config:
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 16       # pairs a rank holds at once
     lam: float = 1.0            # weight of preference beside imitation
-    lr: float = 3e-5
+    lr: float = 1e-4
     warmup: int = 10
     grad_clip: float = 1.0
     eval_every: int = 50

@@ -35,8 +35,8 @@ class Config:
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 16       # pairs a rank holds at once
     beta: float = 2.0           # scale of the reward: nothing holds the policy near its start
-    gamma: float = 1.0          # the margin to win by
-    lr: float = 3e-5
+    gamma: float = 0.5          # the margin to win by
+    lr: float = 1e-5
     warmup: int = 10
     grad_clip: float = 1.0
     eval_every: int = 50
