@@ -5,10 +5,10 @@
     loss = mean over pairs of - log p(chosen)
            - lam * log sigmoid(reward(x, chosen) - reward(x, rejected))
 
-ORPO (Hong et al. 2024, eq. 6-7). It imitates chosen, so the pretrained or the SFT model can be its
-start as well, given more --steps. Against 03_dpo.py: no reference, the odds of means, imitation
-beside them; the bars that differ: config, loss, training.
-    torchrun --nproc_per_node=4 DPO/orpo.py --init out/toy/01_sft.pt --steps 600
+ORPO (Hong et al. 2024, eq. 6-7). The paper starts from the pretrained model, without SFT; --init
+may name 00's or 01's too, but on the toy 150 steps are too few for that. Against 03_dpo.py: no
+reference, the odds of means, imitation beside them; the bars that differ: config, loss, training.
+    torchrun --nproc_per_node=4 DPO/orpo.py --lam 0.5
 """
 import argparse, math, os
 from collections import Counter
