@@ -1,0 +1,130 @@
+"""convert.py against transformers: random weights of each family, at tiny sizes, give the same
+logits in fp32, the same ids of texts and chats and the same greedy answers, both ways."""
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from model import GPT, GPTConfig, Tokenizer, generate, load, save
+from test_convert import CHATML, CHATS, IM, TEXT, go, tokenizer_json
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen3Config)
+
+SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=128)
+ROPE3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+             original_max_position_embeddings=32, rope_theta=500000.0)
+THETA = {"rope_type": "default", "rope_theta": 100000.0}
+MODELS = {
+    "gpt2": ("gpt2", GPT2Config, dict(n_embd=32, n_layer=3, n_head=4, n_positions=128)),
+    "gpt2-untied": ("gpt2", GPT2Config, dict(n_embd=32, n_layer=2, n_head=2, n_positions=128,
+                                             n_inner=50, tie_word_embeddings=False)),
+    "llama3": ("llama", LlamaConfig, SHAPE | dict(rope_parameters=ROPE3)),
+    "llama-biases": ("llama", LlamaConfig, SHAPE | dict(attention_bias=True, mlp_bias=True)),
+    "smollm2": ("smol", LlamaConfig, SHAPE | dict(rope_parameters=THETA, tie_word_embeddings=True)),
+    "qwen2.5": ("qwen2", Qwen2Config, SHAPE | dict(rope_parameters=THETA)),
+    "qwen3": ("qwen3", Qwen3Config, SHAPE | dict(head_dim=16, tie_word_embeddings=True))}
+CHAT = [{"role": "system", "content": "S"}, {"role": "user", "content": "How many?"},
+        {"role": "assistant", "content": "12 nuts"}, {"role": "user", "content": "There?"}]
+
+
+def randomize(model, seed=0):
+    """All weights away from their start: norms from 1, biases from 0."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.15 + (p.ndim == 1) * 0.5)
+    return model.eval()
+
+
+def batch(V):
+    torch.manual_seed(1)
+    return torch.randint(V, (2, 100))
+
+
+def same_logits(ours, theirs, V):
+    """Within 1e-4, on ids that both have; the logits themselves are of order 1 and vary."""
+    ids = batch(V)
+    with torch.no_grad():
+        a, b = ours.eval()(ids), theirs.eval()(ids).logits
+    assert b.std() > 0.3 and a.dtype == b.dtype == torch.float32
+    torch.testing.assert_close(a[..., :V], b[..., :V], atol=1e-4, rtol=0)
+
+
+def same_text(tok, theirs, chats):
+    """Control tokens apart, which transformers reads in any text and we in none."""
+    plain = TEXT.replace("<|im_end|>", " 's\t").replace("<think>x</think>", "  many\n")
+    assert theirs(plain, add_special_tokens=False).input_ids == tok.encode(plain)
+    for messages in chats:
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        assert list(ids["input_ids"]) == tok.chat(messages)[0]
+
+
+@pytest.mark.parametrize("padding", [0, 40])
+@pytest.mark.parametrize("name", MODELS)
+def test_from_transformers_and_back(name, padding, tmp_path):
+    family, Config, shape = MODELS[name]
+    special, others, template = CHATS[family]
+    (tmp_path / "t.json").write_text(json.dumps(tokenizer_json(special, others, "qwen" in name)))
+    hf_tok = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t.json"), eos_token=special[-1],
+                                     bos_token=special[0], chat_template=template)
+    V = len(hf_tok)
+    theirs = randomize(AutoModelForCausalLM.from_config(Config(vocab_size=V + padding, **shape)))
+    for part in (theirs, hf_tok):
+        part.save_pretrained(tmp_path / "hf", **({"max_shard_size": "20KB"} if padding else {}))
+    ours, tok, _ = load(go(tmp_path / "hf", tmp_path / "a.pt"))
+    same_logits(ours, theirs, V)
+    chats = [CHAT, CHAT[1:], CHAT[1:2]] if template else []
+    same_text(tok, hf_tok, chats)
+
+    prompt = tok.encode("How many nuts") if not template else tok.prompt("How many?")
+    [said], _ = generate(ours, [prompt], 12, tok.end, temperature=0.0)
+    go(tmp_path / "a.pt", tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    same_logits(ours, again, ours.cfg.vocab_size)
+    out = again.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
+                         attention_mask=torch.ones(1, len(prompt), dtype=torch.long))
+    assert out[0, len(prompt):].tolist() == said
+    back = AutoTokenizer.from_pretrained(tmp_path / "out")
+    same_text(tok, back, chats or [CHAT])
+    assert back.convert_tokens_to_ids("<answer>") == tok.tags["<answer>"]
+    assert back.eos_token_id == tok.end or template
+    if template:
+        assert back.chat_template == template
+
+    again.save_pretrained(tmp_path / "resaved")           # what transformers itself makes of it
+    back.save_pretrained(tmp_path / "resaved")
+    last, last_tok, _ = load(go(tmp_path / "resaved", tmp_path / "b.pt"))
+    assert asdict(last.cfg) == asdict(ours.cfg) and last_tok.tags == tok.tags
+    assert last_tok.chat(CHAT)[0] == tok.chat(CHAT)[0]
+    for key, w in ours.state_dict().items():
+        assert torch.equal(w, last.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("switches", [
+    {}, dict(tied=0), dict(position="rope", norm="rms", mlp="swiglu", bias="none"),
+    dict(position="rope", norm="rms", mlp="swiglu", bias="none", n_kv_head=1, tied=0,
+         rope_factor=4.0, rope_context=64),
+    dict(position="rope", norm="rms", mlp="swiglu", bias="qkv", n_kv_head=2, head_dim=10),
+    dict(position="rope", norm="rms", mlp="swiglu", bias="none", qk_norm=1, head_dim=6,
+         norm_eps=1e-6)])
+@pytest.mark.parametrize("own", [False, True])
+def test_from_here(switches, own, tmp_path):
+    """A checkpoint of this project, with its tags or a chat of its own."""
+    spec = {"kind": "json", "json": tokenizer_json(
+        IM, qwen=switches.get("bias") == "qkv")}
+    if own:
+        spec |= {"template": convert_template(), "config": {"chat_template": CHATML}}
+    tok = Tokenizer(spec)
+    cfg = GPTConfig(vocab_size=tok.vocab_size, block_size=128, n_layer=2, n_head=4, n_embd=32,
+                    **switches)
+    ours = randomize(GPT(cfg))
+    save(tmp_path / "a.pt", model=ours.state_dict(), gpt=asdict(cfg), tokenizer=spec)
+    go(tmp_path / "a.pt", tmp_path / "hf")
+    same_logits(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), cfg.vocab_size)
+    same_text(tok, AutoTokenizer.from_pretrained(tmp_path / "hf"), [CHAT, CHAT[1:]])
+
+
+def convert_template():
+    from test_convert import convert
+    return convert.fixed_text(CHATML, {})
