@@ -13,7 +13,6 @@ template, and <|end|> is the token that closes its turns. Tags that its tokenize
 after its last one: unused rows of the embedding, or new ones, both the mean of the others.
 """
 import argparse, hashlib, json, os, re, shutil
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import config as stage_config, load_stage, run, steps_of
+from conftest import ROOT, config as stage_config, load_stage, run, steps_of
 from model import GPT, GPTConfig, Tokenizer, generate, load, read_checkpoint, save, verify
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -461,3 +461,16 @@ def test_refused_exports(tmp_path, refuses, chain):
     go(tmp_path / "a.pt", target)
     go(tmp_path / "a.pt", target)                       # its own folder is replaced
     assert {p.name for p in target.iterdir()} == {*convert.FILES}
+
+
+# ---------------------------------------------------------------------------- data/smollm2.py
+
+
+def test_gguf_rows_are_put_back(monkeypatch):
+    """GGUF has each head's channel pairs (i, i + d/2) side by side: 0 3 1 4 2 5 for d = 6."""
+    monkeypatch.syspath_prepend(ROOT / "data")
+    smollm2 = load_stage("data/smollm2")
+    stored = torch.tensor([0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11])[:, None].numpy()
+    assert smollm2.unpermute(stored, 2)[:, 0].tolist() == list(range(12))
+    assert smollm2.their_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
+    assert smollm2.their_name("output_norm.weight") == "model.norm.weight"
