@@ -31,7 +31,7 @@ class Config:
     train: str = "sft_train.jsonl"
     val: str = "sft_val.jsonl"
     out: str = "out/toy"
-    steps: int = 600
+    steps: int = 500
     batch_size: int = 64        # rows a step, over all ranks
     micro_batch: int = 16       # rows a rank holds at once
     lr: float = 2e-3            # AdamW: embeddings, norms, biases

@@ -36,7 +36,7 @@ class Config:
     train: str = "rl_train.jsonl"
     val: str = "rl_val.jsonl"
     out: str = "out/toy"
-    steps: int = 30             # batches of rollouts
+    steps: int = 20             # batches of rollouts
     batch_size: int = 256       # prompts a step, over all ranks, one completion each
     minibatches: int = 4        # optimizer steps a batch of rollouts
     epochs: int = 1             # passes over it

@@ -31,7 +31,7 @@ class Config:
     train: str = "pairs_train.jsonl"
     val: str = "pairs_val.jsonl"
     out: str = "out/toy"
-    steps: int = 180
+    steps: int = 100
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 16       # pairs a rank holds at once
     lr: float = 1e-3

@@ -19,6 +19,8 @@ out=out/toy; [ "$seed" = 0 ] || out=out/toy-seed$seed
 ./install.sh
 py=.venv/bin/python
 export SKIP_DONE=1               # a stage leaves at once if its checkpoint has this very record
+export GOMP_SPINCOUNT=3000       # threads that wait give a shared core away sooner: as fast alone,
+                                 # 1.6 times as fast beside another program on one of two cores
 
 started=$(date +%s)
 $py data/toy.py

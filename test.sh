@@ -4,6 +4,7 @@
 # ./test.sh tests/test_losses.py -k dpo        pytest's own arguments
 set -euo pipefail
 cd "$(dirname "$0")"
+export GOMP_SPINCOUNT=3000       # threads that wait for a shared core give it away: see run.sh
 ./install.sh
 if [ "${1:-}" = all ]; then
   ./install.sh requirements-test.txt

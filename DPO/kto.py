@@ -34,7 +34,7 @@ class Config:
     train: str = "pairs_train.jsonl"
     val: str = "pairs_val.jsonl"
     out: str = "out/toy"
-    steps: int = 150
+    steps: int = 120
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 16       # pairs a rank holds at once
     beta: float = 0.5           # how soon value saturates away from the reference

@@ -6,7 +6,7 @@
            - lam * log sigmoid(reward(x, chosen) - reward(x, rejected))
 
 ORPO (Hong et al. 2024, eq. 6-7). The paper starts from the pretrained model, without SFT; --init
-may name 00's or 01's too, but on the toy 150 steps are too few for that. Against 03_dpo.py: no
+may name 00's or 01's too, but on the toy 120 steps are too few for that. Against 03_dpo.py: no
 reference, the odds of means, imitation beside them; the bars that differ: config, loss, training.
     torchrun --nproc_per_node=4 DPO/orpo.py --lam 0.5
 """
@@ -34,7 +34,7 @@ class Config:
     train: str = "pairs_train.jsonl"
     val: str = "pairs_val.jsonl"
     out: str = "out/toy"
-    steps: int = 150
+    steps: int = 120
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 16       # pairs a rank holds at once
     lam: float = 1.0            # weight of preference beside imitation

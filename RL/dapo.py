@@ -36,7 +36,7 @@ class Config:
     train: str = "rl_train.jsonl"
     val: str = "rl_val.jsonl"
     out: str = "out/toy"
-    steps: int = 30             # batches of rollouts
+    steps: int = 20             # batches of rollouts
     batch_size: int = 32        # prompts with signal a step, over all ranks
     max_rounds: int = 10        # of sampling, to find them
     group_size: int = 8         # completions of each prompt

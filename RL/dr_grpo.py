@@ -34,7 +34,7 @@ class Config:
     train: str = "rl_train.jsonl"
     val: str = "rl_val.jsonl"
     out: str = "out/toy"
-    steps: int = 30             # batches of rollouts
+    steps: int = 20             # batches of rollouts
     batch_size: int = 32        # prompts a step, over all ranks
     group_size: int = 8         # completions of each prompt
     minibatches: int = 4        # optimizer steps a batch of rollouts

@@ -18,14 +18,13 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.chdir(ROOT)
 
 RL = {"grpo": "04_rlvr.py"} | {name: f"RL/{name}.py" for name in (
     "reinforce", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "ppo")}
 DPO = {"dpo": "03_dpo.py"} | {name: f"DPO/{name}.py" for name in ("ipo", "simpo", "orpo", "kto")}
 RATES, TUNING_SEED, SEEDS = (5e-5, 1e-4, 2e-4), 3, (0, 1, 2)
-STEPS, EVERY = 30, 5
-RECORDS, OUT, START = Path("results/shootout"), Path("out/shootout"), "out/toy/02_cot.pt"
+STEPS, EVERY = 20, 4
+RECORDS, OUT, START = ROOT / "results/shootout", Path("out/shootout"), "out/toy/02_cot.pt"
 KINDS = ("hasty", "pad", "skip", "wrong")
 
 
@@ -153,8 +152,21 @@ def reached(run, level):
     return None
 
 
+def level(runs):
+    """Where GRPO ends: the mean over its seeds of the last evaluation."""
+    return sum(r["log"][-1]["accuracy"] for r in runs["grpo"]) / len(runs["grpo"])
+
+
+def when(group, level):
+    """[k tokens, seconds] to the first evaluation at `level` or above, over seeds."""
+    at = [reached(r, level) for r in group]
+    if not any(at):
+        return ["never"] * 2
+    return [spread([a[i] for a in at if a], scale, 0)
+            + f", {at.count(None)} never" * (None in at) for i, scale in ((0, 1e-3), (1, 1))]
+
+
 def rl_table(runs, start):
-    level = sum(r["log"][-1]["accuracy"] for r in runs["grpo"]) / len(runs["grpo"])
     head = ["algorithm", "lr", "steps", "greedy, free", "greedy, `<think>`", "sampled, free",
             "sampled, `<think>`", "careful", "length", "KL/token", "clipped, most", "tokens, k",
             "k tokens to GRPO's end", "seconds to it"]
@@ -165,14 +177,11 @@ def rl_table(runs, start):
         test = lambda k: [r["test"][k]["mean"] for r in group]
         clipped = [max(line["clip_frac"] for line in r["log"]) for r in group
                    if "clip_frac" in r["log"][0]]
-        at = [reached(r, level) for r in group]
-        when = (["never"] * 2 if not any(at) else
-                [f"{spread([a[i] for a in at if a], s, 0)}" + f", {at.count(None)} never" *
-                 (None in at) for i, s in ((0, 1e-3), (1, 1))])
         rows.append([name, f"{best_rate(name):g}", str(len(group[0]["log"])),
                      *(spread(test(k)) for k in keys), spread(test("length"), 1),
                      spread(test("KL"), 1, 3), spread(clipped, 1, 3) if clipped else "no clip",
-                     spread([sum(tokens(r)) for r in group], 1e-3, 0), *when])
+                     spread([sum(tokens(r)) for r in group], 1e-3, 0),
+                     *when(group, level(runs))])
     title = f"Under the verifier, {len(runs['grpo'])} seeds: mean (lowest..highest)"
     return show(title, head, rows)
 
@@ -212,13 +221,15 @@ def plot(runs, path):
     plt.close(figure)
 
 
+def finished(kind, names):
+    """{name: its finished runs, by seed}."""
+    found = {n: [json.loads(p.read_text()) for s in SEEDS
+                 if (p := RECORDS / f"{kind}/{n}-{s}.json").is_file()] for n in names}
+    return {n: runs for n, runs in found.items() if runs}
+
+
 def report():
     """Tables and plot from the finished records alone."""
-    def finished(kind, names):
-        found = {n: [json.loads(p.read_text()) for s in SEEDS
-                     if (p := RECORDS / f"{kind}/{n}-{s}.json").is_file()] for n in names}
-        return {n: runs for n, runs in found.items() if runs}
-
     start = json.loads((RECORDS / "start.json").read_text())
     lines, runs, pairs = [], finished("rl", RL), finished("dpo", DPO)
     if "grpo" in runs:
@@ -235,6 +246,7 @@ def report():
 
 
 def main(args):
+    os.chdir(ROOT)
     if not args.report:
         if not Path(START).is_file():
             raise SystemExit(f"error: {START} is missing: run ./run.sh first")

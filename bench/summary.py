@@ -3,7 +3,11 @@
     python bench/summary.py         # a test compares the README with what this would write
 """
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import shootout
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "results"
@@ -45,12 +49,45 @@ def tables():
     return "\n".join(lines)
 
 
+def siblings():
+    """The shoot-out in short; its whole tables are in results/shootout/table.md."""
+    start = json.loads((shootout.RECORDS / "start.json").read_text())
+    shown = {"sampled, `<think>`": ("sampled think", 100, 1),
+             "sampled, free": ("sampled free", 100, 1), "greedy, free": ("greedy free", 100, 1),
+             "careful": ("careful", 100, 1), "KL/token": ("KL", 1, 3)}
+    lines = ["| from 02, under the verifier | lr | " + " | ".join(shown) +
+             " | k tokens | of these to GRPO's end |", "|---" * (len(shown) + 4) + "|",
+             "| 02, the start | | " + " | ".join(
+                 f"{100 * start[k]['mean']:.1f}" for k, _, _ in list(shown.values())[:4]) + " | | | |"]
+    runs = shootout.finished("rl", shootout.RL)
+    level = shootout.level(runs)
+    for name, group in runs.items():
+        cells = [shootout.spread([r["test"][k]["mean"] for r in group], scale, digits)
+                 for k, scale, digits in shown.values()]
+        spent = [sum(shootout.tokens(r)) for r in group]
+        lines.append(" | ".join([f"| {name}", f"{shootout.best_rate(name):g}", *cells,
+                                 shootout.spread(spent, 1e-3, 0),
+                                 shootout.when(group, level)[0]]) + " |")
+    lines += ["", "| from 02, on the pairs | " + " | ".join(
+        f"prefers, {k}" for k in KINDS) + " | greedy, free | sampled, `<think>` | KL/token |",
+        "|---" * 8 + "|"]
+    for name, group in shootout.finished("dpo", shootout.DPO).items():
+        figures = [*((f"prefers, {k}", 100, 1) for k in KINDS), ("greedy free", 100, 1),
+                   ("sampled think", 100, 1), ("KL", 1, 3)]
+        lines.append(f"| {name} | " + " | ".join(
+            shootout.spread([r["test"][k]["mean"] for r in group], scale, digits)
+            for k, scale, digits in figures) + " |")
+    return "\n".join(lines)
+
+
 def readme():
-    """The README's text with its generated part renewed."""
+    """The README's text with its generated parts renewed."""
     text = (ROOT / "README.md").read_text()
-    head, _, rest = text.partition("<!-- bench/summary.py -->\n")
-    tail = rest.split("<!-- end -->", 1)[1]
-    return f"{head}<!-- bench/summary.py -->\n{tables()}\n<!-- end -->{tail}"
+    for mark, made in (("stages", tables()), ("siblings", siblings())):
+        head, _, rest = text.partition(f"<!-- bench/summary.py: {mark} -->\n")
+        tail = rest.split("<!-- end -->", 1)[1]
+        text = f"{head}<!-- bench/summary.py: {mark} -->\n{made}\n<!-- end -->{tail}"
+    return text
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""torchrun's program in test_ranks.py: every script in this world; rank 0 writes what came out.
+"""torchrun's program in test_ranks.py: some scripts in this world; rank 0 writes what came out.
 
-    torchrun --nproc_per_node=2 tests/rank_worker.py DATA CHAIN OUT
+    torchrun --nproc_per_node=2 tests/rank_worker.py DATA CHAIN OUT 04_rlvr RL/rloo
 
 Everything is float64. Two ways to split the same sums then differ by 1e-16 or so, and the gap to
 a forgotten all-reduce is thirteen orders of magnitude.
@@ -10,16 +10,16 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import ROLLOUTS, SCRIPTS, config, load_stage, run, stem, weights
+from conftest import ROLLOUTS, config, load_stage, run, stem, weights
 
 STEPS = {"01_sft": 20, "04_rlvr": 20}
 
 
-def main(data, chain, out):
+def main(data, chain, out, *names):
     torch.set_default_dtype(torch.float64)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     made = {}
-    for name in SCRIPTS:
+    for name in names:
         stage = load_stage(name)
         gradients, rollouts = watch(stage, name)
         # 8 rows a step: 4 micro-batches of 2 in a world of 1, one of 2 in a world of 4.

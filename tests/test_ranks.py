@@ -15,12 +15,17 @@ WORLDS = (1, 2, 4)
 
 
 @pytest.fixture(scope="session")
-def worlds(data, chain, tmp_path_factory):
+def worlds(data, chain, tmp_path_factory, request):
+    """What the selected tests look at, and no more: -k 03_dpo launches one script."""
     out = tmp_path_factory.mktemp("ranks")
+    asked = [item.callspec.params for item in request.session.items
+             if "worlds" in item.fixturenames]
+    names = [name for name in SCRIPTS if name in {a["name"] for a in asked}]
     launch = {n: subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-         ROOT / "tests/rank_worker.py", data, chain, out],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in WORLDS}
+         ROOT / "tests/rank_worker.py", data, chain, out, *names],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for n in WORLDS if n == 1 or n in {a["world"] for a in asked}}
     try:
         said = {n: process.communicate(timeout=400)[0] for n, process in launch.items()}
     finally:
@@ -29,7 +34,7 @@ def worlds(data, chain, tmp_path_factory):
     for n, process in launch.items():
         assert process.returncode == 0, "\n".join(
             line for line in said[n].splitlines() if " left  " not in line)[:8000]
-    return {n: torch.load(out / f"{n}.pt", weights_only=True) for n in WORLDS}, out
+    return {n: torch.load(out / f"{n}.pt", weights_only=True) for n in launch}, out
 
 
 def close(a, b):
