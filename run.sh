@@ -32,7 +32,7 @@ export GOMP_SPINCOUNT=3000       # threads that wait give a shared core away soo
 
 run() { if [ $dry = 1 ]; then echo "$@"; else "$@"; fi; }
 stage() {
-  run .venv/bin/torchrun --standalone --nproc_per_node="$gpus" "$1.py" --out $out --seed $seed "${@:2}"
+  run .venv/bin/torchrun --standalone --nproc_per_node=$gpus $1.py --out $out --seed $seed "${@:2}"
 }
 chain() {                        # text and its tokens, steps, rate and rows of 00; its shape
   run $py data/text.py $1 --tokens $2

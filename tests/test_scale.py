@@ -2,6 +2,7 @@
 
 And the recipes of run.sh: what --dry_run prints has flags that exist, and runs.
 """
+import re
 import shlex
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def test_dry_run(recipe, parameters, stages, monkeypatch):
     assert list(made) == ["text", "alpaca", "dolly", "gsm8k", "hh", "ultrafeedback", "mix",
                           "00_pretrain", "01_sft", "02_cot", "06_reward", "03_dpo", "04_rlvr",
                           "05_ppo", "eval"]
-    assert said.count(" GB a GPU") == 7 and f"{parameters} M parameters" in said
+    assert len(re.findall("M tokens, .* GB a GPU, .* min", said)) == 8 and f"{parameters} M parameters" in said
     for name in STAGES:
         monkeypatch.setattr(sys, "argv", [name, *made[name]])
         cfg = stages[name].cli(stages[name].Config)
