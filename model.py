@@ -13,7 +13,7 @@ Every stage imports this file and no other, and none of them changes it. One sec
     ranks and log torchrun's ranks, sums over them, Ctrl-C, one line a step
     checkpoints   atomic, strict, without pickle execution
 """
-import atexit, hashlib, json, math, os, re, signal, sys, threading, time
+import atexit, hashlib, json, math, os, re, shutil, signal, sys, threading, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
@@ -793,6 +793,8 @@ def parse_flags(parser):
     if SCALE["fsdp"] and "max_new" in flags:
         fail("--fsdp 1 is not for RL: sampling would gather all weights for every token. Without "
              "it each rank holds the whole model")
+    if SCALE["compile"] and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        fail("--compile 1 needs a C++ compiler: install g++ or clang++")
     return flags
 
 

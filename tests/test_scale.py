@@ -4,6 +4,7 @@ And the recipes of run.sh: what --dry_run prints has flags that exist, and runs.
 """
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -27,6 +28,7 @@ def close(a, b, to=1e-9):
     assert a.norm() > 0 and (a - b).norm() <= to * a.norm(), ((a - b).norm() / a.norm()).item()
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compile(make, stages, chain, scale, gradients, double, tmp_path):
     """Ragged rows through compiled blocks: the loss and the gradient of every step as without; the
     names in the checkpoint too, which the next stage, chat and eval then load without it."""
@@ -105,6 +107,12 @@ def test_fsdp_in_rl(name, stages, refuses, monkeypatch):
     else:
         assert stages[name].cli(stages[name].Config) == stages[name].Config()
         assert kernel.SCALE["fsdp"] == 1
+
+
+def test_compile_without_a_compiler(stages, refuses, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "argv", ["01_sft", "--compile", "1"])
+    refuses(lambda: stages["01_sft"].cli(stages["01_sft"].Config), "install g++ or clang++")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 50])
