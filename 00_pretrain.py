@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from model import (GPT, GPTConfig, LEAST, Log, all_sum, autocast, fail, inputs, interrupted,
-                   load_tokenizer, make_optimizers, ranks, read_tokens, restore, save,
+                   load_tokenizer, make_optimizers, parse_flags, ranks, read_tokens, restore, save,
                    skip_if_done, split, wrap)
 
 # ---------------------------------------------------------------------------- config
@@ -116,7 +116,7 @@ def evaluate(cfg, model, val, rank, world, device):
     starts = range(0, len(val) - cfg.window, cfg.window)[: 40 * cfg.micro_batch]
     rows = [val[i : i + cfg.window + 1].astype(np.int64) for i in starts]
     total = Counter(loss=0.0, count=0)
-    for part in split(rows[rank::world], cfg.micro_batch):
+    for part in split(rows, cfg.micro_batch, rank, world):
         (ids,) = collate(part, device)
         with autocast(device):
             loss, count, _ = pretrain_loss(model(ids[:, :-1], ids[:, 1:]))
@@ -138,7 +138,7 @@ def cli(Config):
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
                             metavar=repr(f.default))
-    return Config(**vars(parser.parse_args()))
+    return Config(**parse_flags(parser))
 
 
 def start(cfg):
@@ -206,12 +206,10 @@ def keep(cfg, step, modules, optimizers, tokenizer, **extra):
     parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
                  gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
     state = f"{cfg.out}/{NAME}.state.pt"
-    if os.environ.get("RANK", "0") == "0":
-        if step == cfg.steps:
-            save(f"{cfg.out}/{NAME}.pt", **parts, **extra)
-            Path(state).unlink(missing_ok=True)
-        elif stop or step % cfg.save_every == 0:
-            save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
+    if step == cfg.steps:
+        save(f"{cfg.out}/{NAME}.pt", then_remove=state, **parts, **extra)
+    elif stop or step % cfg.save_every == 0:
+        save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
     if stop and step < cfg.steps:
         fail(f"stopped after step {step}; the same command continues", 130)
 

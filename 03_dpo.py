@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs,
-                   interrupted, load, make_optimizers, pad, ranks, read_rows, restore, sample_rows,
+from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs, interrupted,
+                   load, make_optimizers, pad, parse_flags, ranks, read_rows, restore, sample_rows,
                    save, shift, skip_if_done, turns, wrap)
 
 # ---------------------------------------------------------------------------- config
@@ -97,7 +97,7 @@ def dpo_loss(logprobs, ref_logprobs, completion_mask, beta):
 def main(cfg):
     rank, world, device = start(cfg)
     model, tokenizer, _ = load(cfg.init, device)
-    ref = load(cfg.init, device)[0].requires_grad_(False)
+    ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
     optimizers = make_optimizers([model], cfg.lr)
@@ -126,7 +126,7 @@ def main(cfg):
 def evaluate(cfg, model, objective, val, rank, world, device):
     """Loss, accuracy and margin on the held-out pairs, sharded over ranks."""
     total = Counter(loss=0.0, count=0, accuracy=0.0, margins=0.0)
-    for rows in by_length(val[rank::world], cfg.micro_batch):
+    for rows in by_length(val, cfg.micro_batch, rank, world):
         with autocast(device):
             loss, count, metrics = objective(*collate(rows, device), model)
         total.update(loss=float(loss), count=count, accuracy=float(metrics["accuracy"]),
@@ -149,7 +149,7 @@ def cli(Config):
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
                             metavar=repr(f.default))
-    return Config(**vars(parser.parse_args()))
+    return Config(**parse_flags(parser))
 
 
 def start(cfg):
@@ -217,12 +217,10 @@ def keep(cfg, step, modules, optimizers, tokenizer, **extra):
     parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
                  gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
     state = f"{cfg.out}/{NAME}.state.pt"
-    if os.environ.get("RANK", "0") == "0":
-        if step == cfg.steps:
-            save(f"{cfg.out}/{NAME}.pt", **parts, **extra)
-            Path(state).unlink(missing_ok=True)
-        elif stop or step % cfg.save_every == 0:
-            save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
+    if step == cfg.steps:
+        save(f"{cfg.out}/{NAME}.pt", then_remove=state, **parts, **extra)
+    elif stop or step % cfg.save_every == 0:
+        save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
     if stop and step < cfg.steps:
         fail(f"stopped after step {step}; the same command continues", 130)
 

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from model import (LEAST, Log, all_sum, at_least_fp32, autocast, by_length, encode_rows, fail,
-                   generate, inputs, interrupted, load, load_strict, make_optimizers, pad, ranks,
-                   read_rows, restore, sample_rows, save, shift, skip_if_done, split, verify, wrap)
+                   generate, inputs, interrupted, load, load_strict, make_optimizers, pad,
+                   parse_flags, ranks, read_rows, restore, sample_rows, save, shift, skip_if_done,
+                   split, verify, wrap)
 
 # ---------------------------------------------------------------------------- config
 
@@ -179,7 +180,7 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, co
 def main(cfg):
     rank, world, device = start(cfg)
     model, tokenizer, _ = load(cfg.init, device)
-    ref = load(cfg.init, device)[0].requires_grad_(False)
+    ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
     judge, reads, parts = load(cfg.reward, device)
     if reads.spec != tokenizer.spec or "head" not in parts:
         fail(f"{cfg.reward} is no reward model over {cfg.init}'s tokenizer: python 06_reward.py "
@@ -263,7 +264,7 @@ def cli(Config):
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
                             metavar=repr(f.default))
-    return Config(**vars(parser.parse_args()))
+    return Config(**parse_flags(parser))
 
 
 def start(cfg):
@@ -331,12 +332,10 @@ def keep(cfg, step, modules, optimizers, tokenizer, **extra):
     parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
                  gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
     state = f"{cfg.out}/{NAME}.state.pt"
-    if os.environ.get("RANK", "0") == "0":
-        if step == cfg.steps:
-            save(f"{cfg.out}/{NAME}.pt", **parts, **extra)
-            Path(state).unlink(missing_ok=True)
-        elif stop or step % cfg.save_every == 0:
-            save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
+    if step == cfg.steps:
+        save(f"{cfg.out}/{NAME}.pt", then_remove=state, **parts, **extra)
+    elif stop or step % cfg.save_every == 0:
+        save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
     if stop and step < cfg.steps:
         fail(f"stopped after step {step}; the same command continues", 130)
 

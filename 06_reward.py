@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs,
-                   interrupted, load, make_optimizers, pad, ranks, read_rows, restore, sample_rows,
+from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs, interrupted,
+                   load, make_optimizers, pad, parse_flags, ranks, read_rows, restore, sample_rows,
                    save, shift, skip_if_done, turns, wrap)
 
 # ---------------------------------------------------------------------------- config
@@ -138,7 +138,7 @@ def main(cfg):
 def evaluate(cfg, scorer, objective, val, rank, world, device):
     """Loss, accuracy, margin, the scores' mean and std on held-out pairs, sharded over ranks."""
     total = Counter()
-    for rows in by_length(val[rank::world], cfg.micro_batch):
+    for rows in by_length(val, cfg.micro_batch, rank, world):
         with autocast(device):
             loss, count, metrics = objective(*collate(rows, device), scorer)
         total.update({k: float(v) for k, v in dict(metrics, loss=loss, count=count).items()})
@@ -162,7 +162,7 @@ def cli(Config):
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
                             metavar=repr(f.default))
-    return Config(**vars(parser.parse_args()))
+    return Config(**parse_flags(parser))
 
 
 def start(cfg):
@@ -230,12 +230,10 @@ def keep(cfg, step, modules, optimizers, tokenizer, **extra):
     parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
                  gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
     state = f"{cfg.out}/{NAME}.state.pt"
-    if os.environ.get("RANK", "0") == "0":
-        if step == cfg.steps:
-            save(f"{cfg.out}/{NAME}.pt", **parts, **extra)
-            Path(state).unlink(missing_ok=True)
-        elif stop or step % cfg.save_every == 0:
-            save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
+    if step == cfg.steps:
+        save(f"{cfg.out}/{NAME}.pt", then_remove=state, **parts, **extra)
+    elif stop or step % cfg.save_every == 0:
+        save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
     if stop and step < cfg.steps:
         fail(f"stopped after step {step}; the same command continues", 130)
 

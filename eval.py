@@ -242,9 +242,9 @@ def bits(args, stage):
         with autocast(args.device):
             sums += (-stage.model(x, y).sum(1) / math.log(2)).tolist()
     for w in windows:
-        text = tok.decode([i for i in w[1:] if i < tok.base])
+        text = tok.decode([i for i in w[1:] if i not in tok.control])
         sizes.append(len(text if tok.kind == "chars" else text.encode())
-                     + sum(i >= tok.base for i in w[1:]))
+                     + sum(i in tok.control for i in w[1:]))
     out = {"bits": ratio(gather(args, sums), sizes)}
     if stage.name[:2] == "00" and tok.kind == "chars":
         train = np.array(read_tokens(f"{args.data}/train.bin", tok))

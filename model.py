@@ -9,10 +9,11 @@ Every stage imports this file and no other, and none of them changes it. One sec
     generate      the one rollout engine: KV cache, ragged prompts, continuous batching
     verify        the one verifier
     optimizers    AdamW, or Muon on the matrices and AdamW on the rest
+    scale         compile, checkpointing, FSDP2 or DDP: speed and memory, never results
     ranks and log torchrun's ranks, sums over them, Ctrl-C, one line a step
     checkpoints   atomic, strict, without pickle execution
 """
-import atexit, hashlib, json, math, os, re, signal, sys, threading, time
+import atexit, hashlib, json, math, os, re, shutil, signal, sys, threading, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
@@ -284,16 +285,24 @@ def shift(ids, completion_mask):
     return ids[:, :-1], ids[:, 1:].masked_fill(mask == 0, -1), mask
 
 
-def split(items, size):
-    """A list in pieces of `size`, the last one perhaps shorter."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def split(items, size, rank=0, world=1):
+    """A list in pieces of `size`, the last one perhaps shorter. Of several ranks each gets its own
+    pieces, and equally many: FSDP2 gathers weights in every forward, and one more on one rank would
+    wait for ever. So they are of about equal size, and of 2 where 1 does not come out even."""
+    if world == 1:
+        return [items[i : i + size] for i in range(0, len(items), size)]
+    if len(items) < world and SCALE["fsdp"]:
+        fail(f"--fsdp 1: {len(items)} rows are fewer than {world} ranks")
+    n = min(-(-len(items) // (size * world)) * world, len(items) // world * world or len(items))
+    edges = [i * len(items) // n for i in range(n + 1)] if n else []
+    return [items[a:b] for a, b in zip(edges, edges[1:])][rank::world]
 
 
-def by_length(rows, size):
+def by_length(rows, size, rank=0, world=1):
     """As `split`, after sorting by length: rows of like length share a micro-batch, which leaves
     little padding. For sums, which do not mind the order."""
     longest = lambda row: max(len(ids) for ids, *_ in ([row] if isinstance(row[0], list) else row))
-    return split(sorted(rows, key=longest), size)
+    return split(sorted(rows, key=longest), size, rank, world)
 
 
 def sample_rows(n, k, seed, step):
@@ -499,10 +508,12 @@ class GPT(nn.Module):
             place = place if position is None else place[:, None]
             rope = [t[place] for t in (self.cos, self.sin)]
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and self.training:
+            if cache is not None:                               # generation is never compiled
+                x = Block.forward(block, x, rope, cache, i, at)
+            elif self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, None, i, None, use_reentrant=False)
             else:
-                x = block(x, rope, cache, i, at)
+                x = block(x, rope, None, i, None)
         return self.norm(x)
 
     def logits(self, hidden):
@@ -763,6 +774,84 @@ def make_optimizers(modules, lr, muon_lr=0.0, weight_decay=0.0, betas=(0.9, 0.95
     return optimizers
 
 
+# ---------------------------------------------------------------------------- scale
+
+SCALE = dict(compile=0, checkpointing=0, fsdp=0)      # set by the flags of the same names
+
+
+def parse_flags(parser):
+    """The command line -> {field: value} of a Config. SCALE's flags are no fields: they change
+    results by rounding at most, are in no record, and a run may be resumed with other ones."""
+    group = parser.add_argument_group("speed and memory (0 or 1)")
+    for name, text in [
+            ("compile", "compile the blocks for training and scoring; generation stays as it is"),
+            ("checkpointing", "keep one activation a block, compute the others twice"),
+            ("fsdp", "FSDP2 under torchrun: each rank holds its part of the weights; not in RL")]:
+        group.add_argument(f"--{name}", type=int, choices=(0, 1), default=0, metavar="0", help=text)
+    flags = vars(parser.parse_args())
+    SCALE.update({name: flags.pop(name) for name in SCALE})
+    if SCALE["fsdp"] and "max_new" in flags:
+        fail("--fsdp 1 is not for RL: sampling would gather all weights for every token. Without "
+             "it each rank holds the whole model")
+    if SCALE["compile"] and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        fail("--compile 1 needs a C++ compiler: install g++ or clang++")
+    return flags
+
+
+def wrap(module):
+    """What the training forward calls, instead of `module`: called raw, replicas would train
+    unsynchronised without an error. DistributedDataParallel, or with --fsdp the module itself, its
+    weights sharded in place. Make the optimizers afterwards. What has no gradient is not reduced.
+    """
+    for gpt in [m for m in module.modules() if isinstance(m, GPT)]:
+        gpt.checkpointing = bool(SCALE["checkpointing"])
+        for block in gpt.blocks if SCALE["compile"] else ():
+            block.forward = torch.compile(block.forward, dynamic=True)     # no name changes
+    if dist.is_initialized() and SCALE["fsdp"]:
+        return shard(module)
+    if dist.is_initialized() and any(p.requires_grad for p in module.parameters()):
+        return nn.parallel.DistributedDataParallel(module)
+    return module
+
+
+def shard(module):
+    """FSDP2: a block's weights are whole only while it runs. They are gathered in bf16 where
+    autocast would narrow them anyway; the residual stream and the gradients' sums stay fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    device = next(module.parameters()).device
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    narrow = not isinstance(autocast(device), nullcontext)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if narrow else None,
+                                  torch.float32 if narrow else None, cast_forward_inputs=False)
+    for block in [m for m in module.modules() if isinstance(m, Block)]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    module = fully_shard(module, mesh=mesh)
+    module.no_sync = nullcontext           # whole gradients of all micro-batches would not fit
+    return module
+
+
+def whole(parts):
+    """Dicts and lists with FSDP2's shards in them -> the same with whole tensors, on rank 0. All
+    ranks take part, tensor after tensor; the others keep nothing."""
+    if isinstance(parts, dict):
+        return {k: whole(v) for k, v in parts.items()}
+    if isinstance(parts, list):
+        return [whole(v) for v in parts]
+    if not hasattr(parts, "full_tensor"):
+        return parts
+    full = parts.full_tensor()
+    return full.cpu() if dist.get_rank() == 0 else None
+
+
+def part_of(full, mine):
+    """`full` as `mine` is: cut to this rank's shard where `mine` is one of FSDP2's."""
+    if not hasattr(mine, "full_tensor") or full.shape != mine.shape:
+        return full
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(full.to(mine.device), mine.device_mesh, mine.placements,
+                             src_data_rank=None)       # every rank has read the file
+
+
 # ---------------------------------------------------------------------------- ranks and log
 
 
@@ -804,12 +893,6 @@ def all_sum(**numbers):
     t = torch.tensor([float(v) for v in numbers.values()], dtype=torch.float64, device=device)
     dist.all_reduce(t)
     return dict(zip(numbers, t.tolist()))
-
-
-def wrap(module):
-    """DistributedDataParallel under torchrun, else the module. Call it, never what it wraps, in
-    the training forward: the raw module would train unsynchronised replicas without an error."""
-    return nn.parallel.DistributedDataParallel(module) if dist.is_initialized() else module
 
 
 class Log:
@@ -896,13 +979,19 @@ def restore(path, record, modules, optimizers):
     for name, module in modules.items():
         load_strict(module, parts[name], path)
     for opt, state in zip(optimizers, parts["optimizers"]):
+        weights = [p for group in opt.param_groups for p in group["params"]]
+        state["state"] = {i: {k: part_of(v, weights[i]) for k, v in of.items()}
+                          for i, of in state["state"].items()}
         opt.load_state_dict(state)
     return parts["step"]
 
 
-def save(path, **parts):
-    """Write a checkpoint atomically: a reader of `path` sees the old file or the whole new one."""
-    path, new = str(path), f"{path}.new"
+def save(path, then_remove="", **parts):
+    """Write a checkpoint atomically: a reader of `path` sees the old file or the whole new one.
+    All ranks call it, rank 0 writes."""
+    path, new, parts = str(path), f"{path}.new", whole(parts)
+    if os.environ.get("RANK", "0") != "0":
+        return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         with open(new, "wb") as f:
@@ -914,13 +1003,26 @@ def save(path, **parts):
         if os.path.exists(new):
             os.remove(new)
         cannot_write(path, e)
+    if os.path.exists(then_remove):
+        os.remove(then_remove)
 
 
-def read_checkpoint(path, device="cpu", made_by=""):
+def missing(path):
+    """No checkpoint there: name the script that makes it, or those that lie beside it."""
+    folder, name = os.path.split(str(path))
+    stage, root = name.removesuffix(".pt"), os.path.dirname(os.path.realpath(__file__))
+    for script in [f"{stage}.py"] * stage[:2].isdigit() + [f"RL/{stage}.py", f"DPO/{stage}.py"]:
+        if stage != "model" and os.path.isfile(f"{root}/{script}"):
+            fail(f"{path} is missing: run python {script} first")
+    found = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    found = sorted(n for n in found if n.endswith(".pt") and not n.endswith(".state.pt"))
+    fail(f"{path} is missing" + (f"; beside it are {', '.join(found)}" if found else ""))
+
+
+def read_checkpoint(path, device="cpu"):
     """The dict that `save` wrote. weights_only: a foreign file cannot run code."""
     if not os.path.isfile(path):
-        stage = os.path.basename(path).removesuffix(".pt")
-        fail(f"{path} is missing: run {made_by or f'python {stage}.py'} first")
+        missing(path)
     try:
         parts = torch.load(path, map_location=device, weights_only=True)
         parts["model"], parts["gpt"], parts["tokenizer"]
@@ -930,9 +1032,9 @@ def read_checkpoint(path, device="cpu", made_by=""):
     return parts
 
 
-def load(path, device="cpu", made_by=""):
+def load(path, device="cpu"):
     """A checkpoint -> model, tokenizer, parts (what else the stage saved: heads, record)."""
-    parts = read_checkpoint(path, device, made_by)
+    parts = read_checkpoint(path, device)
     with open(path, "rb") as f:
         inputs[str(path)] = hashlib.file_digest(f, "sha256").hexdigest()
     known = {f.name for f in fields(GPTConfig)}
@@ -949,8 +1051,9 @@ def load(path, device="cpu", made_by=""):
 
 def load_strict(module, weights, path):
     """All names and shapes must agree: a silent partial load would train from random weights."""
+    own = module.state_dict()
     try:
-        module.load_state_dict(weights, strict=True)
+        module.load_state_dict({k: part_of(v, own.get(k)) for k, v in weights.items()}, strict=True)
     except RuntimeError as e:
         what = " ".join(str(e).split())[:200]
         fail(f"{path} does not fit this model: {what}")

@@ -1,26 +1,82 @@
 #!/usr/bin/env bash
 # The main job: toy data, every stage, one table. Interrupted? The same command continues.
-#   ./run.sh [--seed N]      seed 0 lies in out/toy, seed N in out/toy-seedN
+#   ./run.sh [--seed N]               on two CPU cores; seed 0 lies in out/toy, N in out/toy-seedN
+#   ./run.sh 124m|406m [--seed N]     the same chain on real data and all GPUs of this machine
+#   ./run.sh 406m --dry_run           its commands, with tokens, memory and time; runs nothing
 #   TORCH_INDEX=https://download.pytorch.org/whl/cu128 ./run.sh      which torch build to install
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { echo "error: $1; usage: ./run.sh [--seed N]" >&2; exit 2; }
-seed=0
+usage() { echo "error: $1; usage: ./run.sh [124m|406m] [--seed N] [--dry_run]" >&2; exit 2; }
+seed=0 recipe=toy dry=0
 while [ $# -gt 0 ]; do
   case "$1" in
     --seed) [[ "${2:-}" =~ ^[0-9]+$ ]] || usage "--seed wants a whole number"; seed=$2; shift 2 ;;
-    -h|--help) sed -n '2,4s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    124m|406m) recipe=$1; shift ;;
+    --dry_run) dry=1; shift ;;
+    -h|--help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) usage "unknown argument $1" ;;
   esac
 done
-out=out/toy; [ "$seed" = 0 ] || out=out/toy-seed$seed
+[ $dry = 0 ] || [ $recipe != toy ] || usage "--dry_run is for 124m and 406m"
+out=out/$recipe; [ "$seed" = 0 ] || out=out/$recipe-seed$seed
 
-./install.sh
+[ $dry = 1 ] || ./install.sh
 py=.venv/bin/python
 export SKIP_DONE=1               # a stage leaves at once if its checkpoint has this very record
 export GOMP_SPINCOUNT=3000       # threads that wait give a shared core away sooner: as fast alone,
                                  # 1.6 times as fast beside another program on one of two cores
+
+# ---------------------------------------------------------------------------- on GPUs
+# Rows a step are divided among 1, 2, 3, 4, 6, 8, 12 or 24 GPUs; --micro_batch bounds the memory.
+
+run() { if [ $dry = 1 ]; then echo "$@"; else "$@"; fi; }
+stage() {
+  run .venv/bin/torchrun --standalone --nproc_per_node=$gpus $1.py --out $out --seed $seed "${@:2}"
+}
+chain() {                        # text and its tokens, steps, rate and rows of 00; its shape
+  run $py data/text.py $1 --tokens $2
+  for source in alpaca dolly gsm8k hh ultrafeedback; do run $py data/$source.py; done
+  run $py data/mix.py out/data/{alpaca,dolly,gsm8k,hh,ultrafeedback} --out out/data/chat
+  chat="--data out/data/chat"
+  stage 00_pretrain --data out/data/$1 ${*:6} --position learned --block_size 1024 --window 1024 \
+    --steps $3 --batch_size 480 --micro_batch $5 --lr $4 --muon_lr 0 --warmup 300 \
+    --eval_every 250 --save_every 250 --compile 1
+  stage 01_sft $chat --init $out/00_pretrain.pt --steps 1100 --batch_size 192 --micro_batch 6 \
+    --lr 5e-5 --muon_lr 0 --warmup 50
+  stage 02_cot $chat --init $out/01_sft.pt --steps 220 --batch_size 96 --micro_batch 6 \
+    --lr 5e-5 --muon_lr 0 --warmup 20
+  stage 06_reward $chat --init $out/02_cot.pt --steps 1100 --batch_size 192 --micro_batch 3 \
+    --lr 1e-5 --warmup 100 --eval_every 200
+  stage 03_dpo $chat --init $out/02_cot.pt --steps 1100 --batch_size 192 --micro_batch 3 \
+    --beta 0.1 --lr 1e-6 --warmup 100 --eval_every 200
+  stage 04_rlvr $chat --init $out/02_cot.pt --steps 140 --batch_size 96 --micro_batch 12 \
+    --max_new 256 --lr 1e-6
+  stage 05_ppo $chat --init $out/02_cot.pt --reward $out/06_reward.pt --steps 40 \
+    --batch_size 384 --micro_batch 12 --max_new 256 --lr 1e-6
+  stage eval $chat --max_new 256
+}
+recipe() {
+  case $recipe in
+    124m) chain fineweb-edu 2500000000 5000 6e-4 20 --n_layer 12 --n_head 12 --n_embd 768 ;;
+    406m) chain pile 8100000000 16500 3e-4 6 --n_layer 24 --n_head 16 --n_embd 1024 --tied 0 ;;
+  esac
+}
+if [ $recipe != toy ]; then
+  gpus=$($py -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
+  if [ $dry = 1 ]; then
+    [ -x $py ] && see=$py || see=python3
+    [ "$gpus" != 0 ] || { gpus=8; echo "no GPU here: as for $gpus"; }
+    recipe | $see bench/estimate.py
+    exit
+  fi
+  [ "$gpus" != 0 ] || { echo "error: torch finds no GPU, and ./run.sh $recipe would take years" \
+    "without: --dry_run shows its commands, ./run.sh is the job for a CPU" >&2; exit 2; }
+  recipe
+  exit
+fi
+
+# ---------------------------------------------------------------------------- on a CPU
 
 started=$(date +%s)
 $py data/toy.py

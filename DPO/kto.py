@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs,
-                   interrupted, load, make_optimizers, pad, ranks, read_rows, restore, sample_rows,
+from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs, interrupted,
+                   load, make_optimizers, pad, parse_flags, ranks, read_rows, restore, sample_rows,
                    save, shift, skip_if_done, split, turns, wrap)
 
 # ---------------------------------------------------------------------------- config
@@ -114,7 +114,7 @@ def baseline(cfg, model, ref, rows, rank, world, device):
     """kl, over the rows of all ranks: how far the policy has moved where nobody pushed it. (Matched
     rows were pushed, chosen and rejected apart: their mean would say nothing of that.)"""
     gap = 0.0
-    for b in split(mismatch(rows, model.cfg.block_size)[rank::world], cfg.micro_batch):
+    for b in split(mismatch(rows, model.cfg.block_size), cfg.micro_batch, rank, world):
         ids, targets, mask = shift(*collate(b, device))
         with autocast(device):
             gap += float(((model(ids, targets) - ref(ids, targets)) * mask).sum())
@@ -129,7 +129,7 @@ def main(cfg):
     if cfg.batch_size < 2:
         fail("--batch_size must be at least 2, not 1: kl needs another row's completion")
     model, tokenizer, _ = load(cfg.init, device)
-    ref = load(cfg.init, device)[0].requires_grad_(False)
+    ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
     optimizers = make_optimizers([model], cfg.lr)
@@ -161,7 +161,7 @@ def main(cfg):
 def evaluate(cfg, model, objective, val, rank, world, device):
     """Loss, accuracy and margin on the held-out pairs, sharded over ranks."""
     total = Counter(loss=0.0, count=0, accuracy=0.0, margins=0.0)
-    for rows in by_length(val[rank::world], cfg.micro_batch):
+    for rows in by_length(val, cfg.micro_batch, rank, world):
         with autocast(device):
             loss, count, metrics = objective(*collate(rows, device), model)
         total.update(loss=float(loss), count=count, accuracy=float(metrics["accuracy"]),
@@ -184,7 +184,7 @@ def cli(Config):
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
                             metavar=repr(f.default))
-    return Config(**vars(parser.parse_args()))
+    return Config(**parse_flags(parser))
 
 
 def start(cfg):
@@ -252,12 +252,10 @@ def keep(cfg, step, modules, optimizers, tokenizer, **extra):
     parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
                  gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
     state = f"{cfg.out}/{NAME}.state.pt"
-    if os.environ.get("RANK", "0") == "0":
-        if step == cfg.steps:
-            save(f"{cfg.out}/{NAME}.pt", **parts, **extra)
-            Path(state).unlink(missing_ok=True)
-        elif stop or step % cfg.save_every == 0:
-            save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
+    if step == cfg.steps:
+        save(f"{cfg.out}/{NAME}.pt", then_remove=state, **parts, **extra)
+    elif stop or step % cfg.save_every == 0:
+        save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
     if stop and step < cfg.steps:
         fail(f"stopped after step {step}; the same command continues", 130)
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, generate, inputs,
-                   interrupted, load, make_optimizers, pad, ranks, read_rows, restore, sample_rows,
-                   save, shift, skip_if_done, split, verify, wrap)
+                   interrupted, load, make_optimizers, pad, parse_flags, ranks, read_rows, restore,
+                   sample_rows, save, shift, skip_if_done, split, verify, wrap)
 
 # ---------------------------------------------------------------------------- config
 
@@ -126,7 +126,7 @@ def reinforce_loss(logprobs, ref_logprobs, advantages, completion_mask, beta):
 def main(cfg):
     rank, world, device = start(cfg)
     model, tokenizer, _ = load(cfg.init, device)
-    ref = load(cfg.init, device)[0].requires_grad_(False)
+    ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
     optimizers = make_optimizers([model], cfg.lr, betas=(0.9, 0.99))
@@ -191,7 +191,7 @@ def cli(Config):
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
                             metavar=repr(f.default))
-    return Config(**vars(parser.parse_args()))
+    return Config(**parse_flags(parser))
 
 
 def start(cfg):
@@ -259,12 +259,10 @@ def keep(cfg, step, modules, optimizers, tokenizer, **extra):
     parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
                  gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
     state = f"{cfg.out}/{NAME}.state.pt"
-    if os.environ.get("RANK", "0") == "0":
-        if step == cfg.steps:
-            save(f"{cfg.out}/{NAME}.pt", **parts, **extra)
-            Path(state).unlink(missing_ok=True)
-        elif stop or step % cfg.save_every == 0:
-            save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
+    if step == cfg.steps:
+        save(f"{cfg.out}/{NAME}.pt", then_remove=state, **parts, **extra)
+    elif stop or step % cfg.save_every == 0:
+        save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
     if stop and step < cfg.steps:
         fail(f"stopped after step {step}; the same command continues", 130)
 

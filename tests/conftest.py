@@ -1,4 +1,5 @@
 """What the tests share: the stages as modules, a tiny world of data, a chain of checkpoints."""
+import importlib
 import importlib.util
 import json
 import os
@@ -6,6 +7,7 @@ import random
 import re
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -128,6 +130,7 @@ def clean():
     yield
     signal.signal(signal.SIGINT, handler)
     torch.set_default_dtype(torch.float32)
+    kernel.SCALE.update(dict.fromkeys(kernel.SCALE, 0))
 
 
 @pytest.fixture
@@ -173,6 +176,82 @@ def data(tmp_path_factory):
         write_rows(out / f"rl_{split}.jsonl", [
             {"prompt": q, "answer": str(sum(t))} for q, t in made])
     return out
+
+
+DOCUMENTS = [f"Document {i} has a café, {'some more words, ' * (i % 7)}\n\nand an end."
+             for i in range(200)]
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory):
+    """A small tokenizer.json: byte-level BPE, as GPT-2's."""
+    import tokenizers
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(DOCUMENTS, tokenizers.trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tok.save(str(path))
+    return str(path)
+
+
+@contextmanager
+def preparers():
+    """with preparers() as script: script("alpaca") is data/alpaca.py as a module."""
+    sys.path.insert(0, str(ROOT / "data"))
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(str(ROOT / "data"))
+        for path in (ROOT / "data").glob("*.py"):
+            if path.stem != "model":
+                sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def script():
+    with preparers() as script:
+        yield script
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """{name: file} of what the sources of the recipes publish, in their own formats: 60 rows each,
+    whose texts are 1 to 30 words long."""
+    out, rng = tmp_path_factory.mktemp("sources"), random.Random(1)
+    words = " ".join(DOCUMENTS[:7]).split()
+    say = lambda n=30: " ".join(rng.choices(words, k=rng.randint(1, n)))
+    user = lambda text: {"role": "user", "content": text}
+    reply = lambda text: {"role": "assistant", "content": text}
+
+    def talk(i, turns):
+        before = "".join(f"\n\nHuman: {say(8)}\n\nAssistant: {say(8)}" for _ in range(turns))
+        return f"\n\nHuman: {i} {say()}{before}\n\nAssistant: "
+
+    def gsm8k(i):
+        lines = [f"{say(6)} {i}+{k} = <<{i}+{k}={i + k}>>{i + k}" for k in range(1 + i % 4)]
+        return {"question": f"{i} {say()}?", "answer": "\n".join(lines) + f"\n#### {i + i % 4}"}
+
+    def feedback(i):
+        ask = f"{i} {say()}"
+        return {"prompt": ask, "chosen": [user(ask), reply("A " + say())], "score_chosen": 8.0,
+                "rejected": [user(ask), reply("B " + say())], "score_rejected": 7.0}
+
+    hh = [(talk(i, i % 3), say(), say()) for i in range(60)]
+    made = {
+        "text": [{"text": f"{i} {say()}"} for i in range(600)],
+        "alpaca": [{"instruction": f"{i} {say()}", "input": say(9) * (i % 2), "output": say()}
+                   for i in range(60)],
+        "dolly": [{"instruction": f"{i}: {say()}", "context": say(9) * (i % 2), "response": say(),
+                   "category": "qa"} for i in range(60)],
+        "gsm8k": [gsm8k(i) for i in range(60)], "gsm8k_test": [gsm8k(i) for i in range(90, 99)],
+        "hh": [{"chosen": p + f"A {a}", "rejected": p + f"B {b}"} for p, a, b in hh],
+        "ultrafeedback": [feedback(i) for i in range(100, 160)]}
+    for name, rows in made.items():
+        write_rows(out / f"{name}.jsonl", rows)
+    return {name: str(out / f"{name}.jsonl") for name in made}
 
 
 @pytest.fixture(scope="session")

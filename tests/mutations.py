@@ -616,12 +616,59 @@ put("head-by-rank", "a head that each rank draws for itself, after the wrapper m
     "    ddp = wrap(scorer)\n    torch.manual_seed(cfg.seed + rank)\n"
     "    nn.init.normal_(scorer.head.weight, std=0.1)\n", "ranks.py::test_weights[06_reward-2]")
 
+# ---------------------------------------------------------------------------- speed and memory
+
+put("fsdp-dropped", "--fsdp changes nothing: every rank holds everything", "model.py",
+    "if dist.is_initialized() and SCALE[\"fsdp\"]:", "if dist.is_initialized() and False:",
+    "ranks.py::test_fsdp[03_dpo-1]")
+
+put("fsdp-resume-without-momenta", "a run that goes on under FSDP2 has lost its momenta", "model.py",
+    "{k: part_of(v, weights[i]) for k, v in of.items()}",
+    "{k: part_of(v * (k == \"step\") if hasattr(weights[i], \"full_tensor\") else v, weights[i])\n"
+    "                              for k, v in of.items()}", "ranks.py::test_fsdp[01_sft-0]")
+
+put("fsdp-in-rl", "--fsdp is taken in RL, where sampling would gather the weights for every token",
+    "model.py", "if SCALE[\"fsdp\"] and \"max_new\" in flags:", "if False:",
+    "scale.py::test_fsdp_in_rl[04_rlvr]")
+
+put("uneven-pieces", "ranks differ in their number of micro-batches: FSDP2 waits for ever",
+    "model.py", "n = min(-(-len(items) // (size * world)) * world, ",
+    "n = min(-(-len(items) // size), ", "scale.py::test_pieces_of_ranks")
+
+put("checkpointing-dropped", "--checkpointing changes nothing", "model.py",
+    "gpt.checkpointing = bool(SCALE[\"checkpointing\"])", "gpt.checkpointing = False",
+    "scale.py::test_checkpointing[00_pretrain]")
+
+put("compiled-by-length", "every length of a batch is compiled anew", "model.py",
+    "torch.compile(block.forward, dynamic=True)", "torch.compile(block.forward, dynamic=False)",
+    "scale.py::test_compile")
+
+put("compiled-names", "compiled blocks are saved under names that only compiled blocks load",
+    "model.py", "block.forward = torch.compile(block.forward, dynamic=True)",
+    "gpt.blocks[list(gpt.blocks).index(block)] = torch.compile(block, dynamic=True)",
+    "scale.py::test_compile")
+
+put("compiled-rollouts", "generation goes through the compiled blocks", "model.py",
+    "x = Block.forward(block, x, rope, cache, i, at)", "x = block(x, rope, cache, i, at)",
+    "scale.py::test_rollouts_are_not_compiled")
+
+put("recipe-rows-uneven", "a recipe's rows do not come out even on some numbers of GPUs", "run.sh",
+    "--batch_size 480", "--batch_size 500", "scale.py::test_dry_run[406m-406.4]")
+
+put("control-ids-by-number", "control ids that a model brought are counted as text", "eval.py",
+    "[i for i in w[1:] if i not in tok.control]", "[i for i in w[1:] if i < tok.base]",
+    "eval_chat.py::test_bits_count_a_control_token_once")
+
+put("invented-command", "a missing checkpoint names a command that is not there", "model.py",
+    "if stage != \"model\" and os.path.isfile(f\"{root}/{script}\"):", "if True:",
+    "errors.py::test_missing_checkpoint_of_no_script")
+
 # ---------------------------------------------------------------------------- without a mutation
 
 WITHOUT = {
     "losses of different vocabularies compared": "eval.py has bits a character, with its tests",
     "rows that start at a document's start": "a choice that costs a little, not a mistake",
-    "names with _orig_mod. after torch.compile": "not-strict covers it: the names are refused",
+    "shards gathered on rank 0 alone": "would hang, not assert",
     "a partial accumulation window that never steps": "update gets the step's whole batch",
     "integer types on mps": "needs the hardware",
     "0/0 on a micro-batch without a counted token": "sums are never divided one by one",

@@ -1,21 +1,22 @@
 """torchrun's program in test_ranks.py: some scripts in this world; rank 0 writes what came out.
 
-    torchrun --nproc_per_node=2 tests/rank_worker.py DATA CHAIN OUT 04_rlvr RL/rloo
+    torchrun --nproc_per_node=2 tests/rank_worker.py DATA CHAIN REAL OUT 04_rlvr RL/rloo
 
 Everything is float64. Two ways to split the same sums then differ by 1e-16 or so, and the gap to
 a forgotten all-reduce is thirteen orders of magnitude.
 """
+import itertools
 import os
 import sys
 
 import torch
 import torch.distributed as dist
-from conftest import ROLLOUTS, config, load_stage, run, stem, weights
+from conftest import ROLLOUTS, config, kernel, load_stage, run, stem, weights
 
 STEPS = {"01_sft": 20, "04_rlvr": 20}
 
 
-def main(data, chain, out, *names):
+def main(data, chain, real, out, *names):
     torch.set_default_dtype(torch.float64)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     made = {}
@@ -31,7 +32,7 @@ def main(data, chain, out, *names):
             dist.all_gather_object(seen, rollouts)
         for part in seen:
             rollouts.update(part or {})
-        made[name] = {"rollouts": rollouts, "gradient": gradients[0]}
+        made[name] = {"rollouts": dict(rollouts), "gradient": gradients[0]}
         if rank == 0:
             made[name]["weights"] = weights(f"{out}/{world}/{stem(name)}.pt")
         if hasattr(cfg, "muon_lr"):
@@ -39,12 +40,43 @@ def main(data, chain, out, *names):
             cfg.muon_lr, cfg.steps, cfg.out = 0.02, 1, f"{out}/{world}/muon"
             run(stage, cfg)
             made[name]["muon_gradient"] = gradients[0]
+        gradients.clear()
+        run(stage, config(stage, real, f"{out}/{world}/real", real, steps=1, muon_lr=0.0,
+                          micro_batch=2, group_size=2))
+        made[name]["real_gradient"] = gradients[0]
         torch.nn.utils.clip_grad_norm_ = clip
+        for sharded in (1, 0) if world == 2 and name not in ROLLOUTS else ():
+            cfg = config(stage, data, f"{out}/sharded{sharded}", chain, steps=4, lr=1e-3,
+                         muon_lr=0.02, micro_batch=2, eval_every=2)
+            made[name][f"held{sharded}"] = halves(stage, cfg, sharded)
+            if rank == 0:
+                made[name][f"sharded{sharded}"] = weights(f"{cfg.out}/{stem(name)}.pt")
     if rank == 0:
         torch.save(made, f"{out}/{world}.pt")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def halves(stage, cfg, sharded):
+    """Two steps with or without FSDP2, a stop as by Ctrl-C, two the other way -> how much of
+    the optimizer's state this rank held in each half, in elements. Muon iterates in float64 here,
+    not in bfloat16: of its rounding nothing else could be told."""
+    held, make, narrow = [], stage.make_optimizers, torch.Tensor.bfloat16
+    torch.Tensor.bfloat16 = lambda self: self
+    for kernel.SCALE["fsdp"], stop in ((sharded, 2), (1 - sharded, 0)):
+        made, steps = [], itertools.count(1)
+        stage.make_optimizers = lambda *a, **k: made.extend(make(*a, **k)) or made
+        stage.interrupted = lambda: next(steps) == stop
+        try:
+            run(stage, cfg)
+        except SystemExit as e:
+            assert e.code == 130 and stop == 2
+        dist.barrier()                                 # rank 0 has written what both read next
+        state = [t for opt in made for of in opt.state.values() for t in of.values()]
+        held.append(sum(getattr(t, "_local_tensor", t).numel() for t in state if t.ndim))
+    kernel.SCALE["fsdp"], stage.make_optimizers, torch.Tensor.bfloat16 = 0, make, narrow
+    return held
 
 
 clip = torch.nn.utils.clip_grad_norm_

@@ -11,20 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, kernel, run, steps_of, write_rows
-
-NAMES = ("common", *(p.stem for p in (ROOT / "data").glob("*.py") if p.stem not in
-                     ("model", "common")))
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """script("alpaca") -> data/alpaca.py as a module."""
-    monkeypatch.syspath_prepend(ROOT / "data")
-    yield importlib.import_module
-    for name in NAMES:
-        sys.modules.pop(name, None)
-
+from conftest import DOCUMENTS, ROOT, kernel, run, steps_of, write_rows
 
 def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
@@ -47,24 +34,6 @@ def put(path, rows):
         path.write_bytes(json.dumps(rows).encode() if path.suffix == ".json" else lines)
     return str(path)
 
-
-@pytest.fixture(scope="session")
-def bpe(tmp_path_factory):
-    """A small tokenizer.json: byte-level BPE, as GPT-2's."""
-    import tokenizers
-    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(DOCUMENTS, tokenizers.trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=alphabet, show_progress=False))
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    tok.save(str(path))
-    return str(path)
-
-
-DOCUMENTS = [f"Document {i} has a café, {'some more words, ' * (i % 7)}\n\nand an end."
-             for i in range(200)]
 
 # ---------------------------------------------------------------------------- rows
 

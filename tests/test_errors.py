@@ -42,6 +42,25 @@ def test_missing_checkpoint(name, make, tmp_path, refuses):
     refuses(lambda: run(stage, cfg), cfg.init, f"run python {made_by}.py first")
 
 
+@pytest.mark.parametrize("name, script", [("04_rlvr", "04_rlvr.py"), ("dapo", "RL/dapo.py"),
+                                          ("kto", "DPO/kto.py")])
+def test_missing_checkpoint_of_a_script(name, script, tmp_path, refuses):
+    """A sibling's script is named with its folder; it is the name that counts, wherever it lies."""
+    path = tmp_path / f"{name}.pt"
+    refuses(lambda: kernel.load(path), f"{path} is missing: run python {script} first")
+
+
+@pytest.mark.parametrize("name", ["nope", "model", "chat", "00_nope"])
+def test_missing_checkpoint_of_no_script(name, chain, tmp_path, refuses):
+    """No command is invented; what lies beside it may be what was meant."""
+    assert refuses(lambda: kernel.load(tmp_path / f"{name}.pt")).endswith(f"{name}.pt is missing\n")
+    refuses(lambda: kernel.load(tmp_path / f"nowhere/{name}.pt"), f"{name}.pt is missing\n")
+    for file in ("02_cot.pt", "06_reward.pt", "03_dpo.state.pt", "02_cot.jsonl"):
+        (tmp_path / file).write_bytes(b"")
+    refuses(lambda: kernel.load(tmp_path / f"{name}.pt"),
+            f"{name}.pt is missing; beside it are 02_cot.pt, 06_reward.pt\n")
+
+
 def test_reward_model(make, tmp_path, chain, refuses):
     """PPO asks for 06's checkpoint by name, and does not take a policy for one."""
     stage, cfg = make("05_ppo")

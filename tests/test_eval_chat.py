@@ -72,6 +72,34 @@ def test_gram_bits_is_a_distribution_and_matches_by_hand():
         -math.log2((2 + 2 * unigram) / 5))
 
 
+def test_bits_count_a_control_token_once(tmp_path):
+    """Also where it lies among the other ids, as ChatML's <|im_end|>: 5 + 1 + 2 bytes follow the
+    first token here, and each of the predicted tokens costs a bit."""
+    import tokenizers
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    bpe.train_from_iterator(["a"], tokenizers.trainers.BpeTrainer(
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<|im_start|>", "<|im_end|>"]))
+    tok = Tokenizer({"kind": "json", "json": json.loads(bpe.to_str()), "template": {
+        "user": "<|im_start|>user\n", "user assistant": "<|im_end|>\n<|im_start|>assistant\n",
+        "assistant user": "<|im_end|>\n<|im_start|>user\n"}})
+    assert tok.end < tok.base
+    ids = tok.encode("héllo") + [tok.end] + tok.encode("ab")
+    np.array(ids, np.uint16).tofile(tmp_path / "val.bin")
+
+    def model(x, y):
+        return -math.log(2) * (y >= 0).double()
+
+    model.cfg = argparse.Namespace(block_size=64)
+    args = argparse.Namespace(data=tmp_path, window=64, val_tokens=99, rank=0, world=1,
+                              device="cpu")
+    figure = report.bits(args, argparse.Namespace(model=model, tokenizer=tok, name="02_cot"))
+    assert figure["bits"]["mean"] == (len(ids) - 1) / (5 + 1 + 2)
+
+
 def checkpoint(path, tokenizer, record, seed=0, **parts):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=128, n_layer=1, n_head=2,

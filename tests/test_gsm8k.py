@@ -3,7 +3,7 @@ import json
 
 import pytest
 from conftest import CHARS, kernel, run, steps_of, write_rows
-from test_data import read, script  # noqa: F401  (a fixture)
+from test_data import read
 
 ROWS = [{"question": "Ann has 12 nuts and finds 5. How many?",
          "answer": "She has 12+5 = <<12+5=17>>17 nuts.\n#### 17"},
@@ -15,7 +15,7 @@ ROWS = [{"question": "Ann has 12 nuts and finds 5. How many?",
 
 
 @pytest.fixture
-def gsm8k(script, tmp_path):  # noqa: F811
+def gsm8k(script, tmp_path):
     """gsm8k(train rows, test rows) runs it; characters stand in for gpt2."""
     letters = "".join(sorted(set(CHARS) | set("ABCDEFGHIJKLMNOPQRSTUVWXYZ'")))
     (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "chars", "chars": letters}))
