@@ -620,12 +620,12 @@ put("head-by-rank", "a head that each rank draws for itself, after the wrapper m
 
 put("fsdp-dropped", "--fsdp changes nothing: every rank holds everything", "model.py",
     "if dist.is_initialized() and SCALE[\"fsdp\"]:", "if dist.is_initialized() and False:",
-    "ranks.py::test_fsdp[03_dpo-1]")
+    "ranks.py::test_fsdp[03_dpo-1-2]")
 
-put("fsdp-resume-without-momenta", "a run that goes on under FSDP2 has lost its momenta", "model.py",
-    "{k: part_of(v, weights[i]) for k, v in of.items()}",
-    "{k: part_of(v * (k == \"step\") if hasattr(weights[i], \"full_tensor\") else v, weights[i])\n"
-    "                              for k, v in of.items()}", "ranks.py::test_fsdp[01_sft-0]")
+put("fsdp-resume-without-momenta", "a run that goes on under FSDP2 has lost its momenta",
+    "model.py", "{k: part_of(v, weights[i]) for",
+    "{k: part_of(v * (k == \"step\" or not hasattr(weights[i], \"full_tensor\")), weights[i]) for",
+    "ranks.py::test_fsdp[01_sft-0-2]")
 
 put("fsdp-in-rl", "--fsdp is taken in RL, where sampling would gather the weights for every token",
     "model.py", "if SCALE[\"fsdp\"] and \"max_new\" in flags:", "if False:",

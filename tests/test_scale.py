@@ -158,7 +158,8 @@ def test_dry_run(recipe, parameters, stages, monkeypatch):
     assert list(made) == ["text", "alpaca", "dolly", "gsm8k", "hh", "ultrafeedback", "mix",
                           "00_pretrain", "01_sft", "02_cot", "06_reward", "03_dpo", "04_rlvr",
                           "05_ppo", "eval"]
-    assert len(re.findall("M tokens, .* GB a GPU, .* min", said)) == 8 and f"{parameters} M parameters" in said
+    assert len(re.findall("M tokens, .* GB a GPU, .* min", said)) == 8
+    assert f"{parameters} M parameters" in said
     for name in STAGES:
         monkeypatch.setattr(sys, "argv", [name, *made[name]])
         cfg = stages[name].cli(stages[name].Config)
