@@ -417,9 +417,10 @@ class Attention(nn.Module):
         d, groups = self.cfg.head_dim, self.cfg.n_head != self.cfg.n_kv_head
         q, k, v = (f(x).view(B, T, -1, d).transpose(1, 2) for f in (self.q, self.k, self.v))
         if self.cfg.qk_norm:                                    # before the rotation
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(at_least_fp32(q)), self.k_norm(at_least_fp32(k))
         if rope is not None:
-            q, k = rotate(q, *rope).type_as(v), rotate(k, *rope).type_as(v)
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = q.type_as(v), k.type_as(v)
         if at is None:                                          # a whole sequence from position 0
             if cache is not None:
                 cache.k[layer, :B, :, :T], cache.v[layer, :B, :, :T] = k, v
@@ -553,9 +554,10 @@ def at_least_fp32(x):
 
 
 def autocast(device):
-    """bf16 matrix products on CUDA; elsewhere, and in the float64 tests, as the weights are."""
-    use = torch.device(device).type == "cuda" and torch.get_default_dtype() == torch.float32
-    return torch.autocast("cuda", torch.bfloat16) if use else nullcontext()
+    """bf16 matrix products on CUDA, and where --bf16 asks for them; never in the float64 tests."""
+    kind = torch.device(device).type
+    use = (kind == "cuda" or SCALE["bf16"]) and torch.get_default_dtype() == torch.float32
+    return torch.autocast(kind, torch.bfloat16) if use else nullcontext()
 
 
 # ---------------------------------------------------------------------------- generate
@@ -776,7 +778,7 @@ def make_optimizers(modules, lr, muon_lr=0.0, weight_decay=0.0, betas=(0.9, 0.95
 
 # ---------------------------------------------------------------------------- scale
 
-SCALE = dict(compile=0, checkpointing=0, fsdp=0)      # set by the flags of the same names
+SCALE = dict(compile=0, checkpointing=0, fsdp=0, bf16=0)      # set by the flags of the same names
 
 
 def parse_flags(parser):
@@ -786,7 +788,8 @@ def parse_flags(parser):
     for name, text in [
             ("compile", "compile the blocks for training and scoring; generation stays as it is"),
             ("checkpointing", "keep one activation a block, compute the others twice"),
-            ("fsdp", "FSDP2 under torchrun: each rank holds its part of the weights; not in RL")]:
+            ("fsdp", "FSDP2 under torchrun: each rank holds its part of the weights; not in RL"),
+            ("bf16", "bf16 matrix products, as always on CUDA; a gain on CPUs that have them")]:
         group.add_argument(f"--{name}", type=int, choices=(0, 1), default=0, metavar="0", help=text)
     flags = vars(parser.parse_args())
     SCALE.update({name: flags.pop(name) for name in SCALE})

@@ -1,4 +1,5 @@
 """What changes speed and memory changes no result: compile, checkpointing; FSDP2 is in test_ranks.
+bf16 changes it by its rounding.
 
 And the recipes of run.sh: what --dry_run prints has flags that exist, and runs.
 """
@@ -50,6 +51,23 @@ def test_compile(make, stages, chain, scale, gradients, double, tmp_path):
     scale(compile=0)
     run(*make("02_cot", steps=1, start=compiled.out, out=tmp_path / "3",
               init=f"{compiled.out}/01_sft.pt"))
+
+
+def test_bf16(make, scale, tmp_path):
+    """Products in bf16, weights and losses in fp32: near the loss without it, and not on it. In RL
+    the first ratio is 1 all the same, as old and new log-probs are rounded alike."""
+    logs = []
+    for on in (0, 1):
+        scale(bf16=on)
+        stage, cfg = make("01_sft", steps=2, out=tmp_path / f"{on}")
+        run(stage, cfg)
+        logs.append(steps_of(f"{cfg.out}/01_sft.jsonl")[0]["loss"])
+        parts = torch.load(f"{cfg.out}/01_sft.pt", weights_only=True)
+        assert {v.dtype for v in parts["model"].values()} == {torch.float32}
+    assert logs[0] != logs[1] == pytest.approx(logs[0], rel=0.01)
+    stage, cfg = make("04_rlvr", steps=1, minibatches=1)
+    run(stage, cfg)
+    assert steps_of(f"{cfg.out}/04_rlvr.jsonl")[0]["clip_frac"] == 0
 
 
 def test_rollouts_are_not_compiled(make, scale, monkeypatch):
