@@ -480,3 +480,34 @@ def test_the_stages_read_them(script, text, tmp_path, stages):
         more = shape if name == "00_pretrain" else {"init": f"{tmp_path}/run/00_pretrain.pt"}
         run(stages[name], stages[name].Config(data=str(folder), **small, **more))
         assert len(steps_of(tmp_path / f"run/{name}.jsonl")) == 2
+
+
+def test_within_reach(script, chain, data, tmp_path, capsys, monkeypatch, refuses):
+    """1 to 7 right of 8 samples stay; what was tried is not tried again, also after a stop."""
+    reach, asked = script("within_reach"), Counter()
+    monkeypatch.setattr(reach, "AT_ONCE", 2)
+    questions = [row["prompt"] for row in read(f"{data}/rl_train.jsonl")][:6]
+    rows = [{"prompt": q, "answer": str(n)} for q, n in zip(questions, (0, 1, 8, 7, 5, 4))]
+    write_rows(tmp_path / "rl_train.jsonl", rows)
+
+    def verdict(text, answer):                    # its answer says how often a prompt is solved
+        asked[answer] += 1
+        return float(asked[answer] <= int(answer))
+
+    monkeypatch.setattr(reach, "verify", verdict)
+    flags = [f"{chain}/02_cot.pt", "--rows", f"{tmp_path}/rl_train.jsonl", "--max_new", "4"]
+    monkeypatch.setattr(reach, "interrupted", lambda: sum(asked.values()) == 16)
+    with pytest.raises(SystemExit) as stop:
+        reach.main([*flags, "--want", "0"])
+    assert stop.value.code == 130 and not (tmp_path / "rl_reach.jsonl").exists()
+    monkeypatch.setattr(reach, "interrupted", lambda: False)
+    reach.main([*flags, "--want", "2"])
+    assert [row["right"] for row in read(tmp_path / "rl_reach.jsonl")] == [1, 7]
+    reach.main([*flags, "--want", "0"])
+    kept = read(tmp_path / "rl_reach.jsonl")
+    assert kept == [dict(row, right=int(row["answer"])) for row in rows if row["answer"] not in "08"]
+    assert set(asked.values()) == {8}
+    assert "6 prompts tried, 4 kept, 1 dropped (never right), 1 dropped (always right)" in (
+        capsys.readouterr().out)
+    write_rows(tmp_path / "rl_train.jsonl", rows[:1])
+    refuses(lambda: reach.main([*flags, "--seed", "1"]), "solves no prompt")
