@@ -818,12 +818,13 @@ def wrap(module):
 
 
 def shard(module):
-    """FSDP2: a block's weights are whole only while it runs. They are gathered in bf16 where
-    autocast would narrow them anyway; the residual stream and the gradients' sums stay fp32."""
+    """FSDP2: a block's weights are whole only while it runs. On CUDA they are gathered in bf16, as
+    autocast would narrow them anyway; the residual stream and the gradients' sums stay fp32. (On a
+    CPU they are not: its layer_norm takes no narrower weights than its input.)"""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     device = next(module.parameters()).device
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    narrow = not isinstance(autocast(device), nullcontext)
+    narrow = device.type == "cuda" and not isinstance(autocast(device), nullcontext)
     policy = MixedPrecisionPolicy(torch.bfloat16 if narrow else None,
                                   torch.float32 if narrow else None, cast_forward_inputs=False)
     for block in [m for m in module.modules() if isinstance(m, Block)]:
