@@ -83,7 +83,10 @@ def siblings():
 def readme():
     """The README's text with its generated parts renewed."""
     text = (ROOT / "README.md").read_text()
-    for mark, made in (("stages", tables()), ("siblings", siblings())):
+    for mark, make in (("stages", tables), ("siblings", siblings)):
+        if f"<!-- bench/summary.py: {mark} -->" not in text:
+            continue
+        made = make()
         head, _, rest = text.partition(f"<!-- bench/summary.py: {mark} -->\n")
         tail = rest.split("<!-- end -->", 1)[1]
         text = f"{head}<!-- bench/summary.py: {mark} -->\n{made}\n<!-- end -->{tail}"
