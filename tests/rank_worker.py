@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from conftest import ROLLOUTS, config, kernel, load_stage, run, stem, weights
 
-STEPS = {"01_sft": 20, "04_rlvr": 20}
-
 
 def main(data, chain, real, out, *names):
     torch.set_default_dtype(torch.float64)
@@ -24,8 +22,9 @@ def main(data, chain, real, out, *names):
         stage = load_stage(name)
         gradients, rollouts = watch(stage, name)
         # 8 rows a step: 4 micro-batches of 2 in a world of 1, one of 2 in a world of 4.
-        cfg = config(stage, data, f"{out}/{world}", chain, steps=STEPS.get(name, 6), lr=1e-3,
-                     muon_lr=0.0, micro_batch=2, group_size=2, eval_every=5)
+        steps = 6 if "/" in name else 20                    # siblings share their parent's loop
+        cfg = config(stage, data, f"{out}/{world}", chain, steps=steps, lr=1e-3,
+                     muon_lr=0.0, micro_batch=2, group_size=2, eval_every=steps - 1)
         run(stage, cfg)
         seen = [None] * world
         if world > 1:
