@@ -229,27 +229,39 @@ def preferences(args, stage):
             | {f"margin, {k}": ratio(kinds[k]) for k in kinds})
 
 
+def units(tok, ids):
+    """ids -> what bits are counted by: characters, or UTF-8 bytes if tokens are longer. A control
+    token such as <|end|> is one of them."""
+    if tok.kind == "chars":
+        return np.asarray(ids)
+    pieces = [[]]
+    for i in ids:
+        pieces.append([]) if i in tok.control else pieces[-1].append(i)
+    return np.frombuffer(b"\0".join(tok.decode(p).encode() for p in pieces), np.uint8)
+
+
 @torch.no_grad()
 def bits(args, stage):
-    """Bits a character on val.bin (a UTF-8 byte, if tokens are longer), window after window; for
-    00 also those of a model that only counts. A tag such as <|end|> counts as one character."""
+    """Bits a character or byte on val.bin, window after window; for 00 also those of a model that
+    only counts runs of five in (the first ten million ids of) its training text."""
     tok, T = stage.tokenizer, min(args.window, stage.model.cfg.block_size)
-    ids = np.array(read_tokens(f"{args.data}/val.bin", tok)[: args.val_tokens])
-    windows = [ids[i : i + T + 1].tolist() for i in range(0, len(ids) - 1, T)]
-    sums, sizes = [], []
+    ids = np.array(read_tokens(f"{args.data}/val.bin", tok)[: args.val_tokens]).tolist()
+    windows = [ids[i : i + T + 1] for i in range(0, len(ids) - 1, T)]
+    sums = []
     for few in split(windows[args.rank::args.world], 32):
         x, y = pad([w[:-1] for w in few], args.device), pad([w[1:] for w in few], args.device, -1)
         with autocast(args.device):
             sums += (-stage.model(x, y).sum(1) / math.log(2)).tolist()
-    for w in windows:
-        text = tok.decode([i for i in w[1:] if i not in tok.control])
-        sizes.append(len(text if tok.kind == "chars" else text.encode())
-                     + sum(i in tok.control for i in w[1:]))
+    spans = [units(tok, w[1:]) for w in windows]
+    sizes = [len(span) for span in spans]
     out = {"bits": ratio(gather(args, sums), sizes)}
-    if stage.name[:2] == "00" and tok.kind == "chars":
-        train = np.array(read_tokens(f"{args.data}/train.bin", tok))
-        counted = gram_bits(train, ids, tok.vocab_size)
-        out["bits of 5-grams"] = ratio([sum(c) for c in split(counted, T)], sizes)
+    if stage.name[:2] == "00":
+        train = np.array(read_tokens(f"{args.data}/train.bin", tok)[: 10 ** 7]).tolist()
+        before = units(tok, ids[:1])
+        counted = gram_bits(units(tok, train), np.concatenate([before, *spans]),
+                            tok.vocab_size if tok.kind == "chars" else 256)[len(before) - 1:]
+        parts = np.split(counted, np.cumsum(sizes)[:-1])
+        out["bits of 5-grams"] = ratio([part.sum() for part in parts], sizes)
     return out
 
 

@@ -657,7 +657,7 @@ put("recipe-rows-uneven", "a recipe's rows do not come out even on some numbers 
     "--batch_size 480", "--batch_size 500", "scale.py::test_dry_run[406m-406.4]")
 
 put("control-ids-by-number", "control ids that a model brought are counted as text", "eval.py",
-    "[i for i in w[1:] if i not in tok.control]", "[i for i in w[1:] if i < tok.base]",
+    "if i in tok.control else pieces", "if i >= tok.base else pieces",
     "eval_chat.py::test_bits_count_a_control_token_once")
 
 put("invented-command", "a missing checkpoint names a command that is not there", "model.py",

@@ -98,6 +98,13 @@ def test_bits_count_a_control_token_once(tmp_path):
                               device="cpu")
     figure = report.bits(args, argparse.Namespace(model=model, tokenizer=tok, name="02_cot"))
     assert figure["bits"]["mean"] == (len(ids) - 1) / (5 + 1 + 2)
+    np.array(tok.encode("hello ") + [tok.end] + tok.encode("abc"), np.uint16).tofile(
+        tmp_path / "train.bin")
+    train, val = (np.frombuffer(text.encode(), np.uint8) for text in ("hello \0abc", "héllo\0ab"))
+    for args.window in (64, 3):
+        figure = report.bits(args, argparse.Namespace(model=model, tokenizer=tok, name="00_x"))
+        assert figure["bits of 5-grams"]["mean"] == pytest.approx(
+            report.gram_bits(train, val, 256).sum() / 8)
 
 
 def checkpoint(path, tokenizer, record, seed=0, **parts):
