@@ -49,12 +49,8 @@ def main(argv=None):
     for few in split(rows, AT_ONCE):
         new = [row for row in few if row["id"] not in tried]
         if new:
-            prompts = [p for row in new for p in [tokenizer.prompt(row["prompt"])] * args.samples]
-            numbers = [row["id"] * args.samples + s for row in new for s in range(args.samples)]
-            texts = [tokenizer.decode(c) for c in generate(
-                model, prompts, args.max_new, tokenizer.end, 1.0, args.seed, rows=numbers)[0]]
-            for row, said in zip(new, split(texts, args.samples)):
-                tried[row["id"]] = sum(verify(t, row["answer"]) == 1 for t in said)
+            rights = times_right(args, model, tokenizer, new)
+            tried |= {row["id"]: right for row, right in zip(new, rights)}
             write_text(f"{path}.tried", json.dumps({"flags": flags, "right": list(tried.items())}))
         kept += [dict(row, right=tried[row["id"]]) for row in few
                  if 0 < tried[row["id"]] < args.samples]
@@ -72,6 +68,16 @@ def main(argv=None):
     if not kept:
         fail(f"{args.checkpoint} solves no prompt of {args.rows} sometimes: train it further first")
     write_rows(path, [{k: v for k, v in row.items() if k not in ("id", "line")} for row in kept])
+
+
+def times_right(args, model, tokenizer, rows):
+    """How many of each row's samples the verifier accepts."""
+    prompts = [p for row in rows for p in [tokenizer.prompt(row["prompt"])] * args.samples]
+    numbers = [row["id"] * args.samples + s for row in rows for s in range(args.samples)]
+    completions, _ = generate(model, prompts, args.max_new, tokenizer.end, 1.0, args.seed,
+                              rows=numbers)
+    return [sum(verify(tokenizer.decode(c), row["answer"]) == 1 for c in group)
+            for row, group in zip(rows, split(completions, args.samples))]
 
 
 def continued(path, flags):
