@@ -24,8 +24,8 @@ out=out/$recipe; [ "$seed" = 0 ] || out=out/$recipe-seed$seed
 [ $dry = 1 ] || ./install.sh
 py=.venv/bin/python
 export SKIP_DONE=1               # a stage leaves at once if its checkpoint has this very record
-export GOMP_SPINCOUNT=3000       # threads that wait give a shared core away sooner: as fast alone,
-                                 # 1.6 times as fast beside another program on one of two cores
+export GOMP_SPINCOUNT=3000       # threads that wait give a shared core away sooner: a twentieth
+                                 # slower alone, 1.6 times as fast beside a program on one of two cores
 
 # ---------------------------------------------------------------------------- on GPUs
 # Rows a step are divided among 1, 2, 3, 4, 6, 8, 12 or 24 GPUs; --micro_batch bounds the memory.
