@@ -11,7 +11,7 @@ cost the tokens that GRPO samples. DPO: five losses on the same pairs, the scrip
 Every finished run is a file in results/shootout/, written whole or not at all; what is there is
 skipped. Runs go two at a time, one thread each, so seconds compare within this table only.
 """
-import argparse, json, math, os, re, subprocess, sys, threading, time
+import argparse, json, os, re, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +42,7 @@ def record(name, make):
 def train(name, script, **flags):
     """Run a script to its end -> checkpoint, {"command", "seconds": of each step, "log"}."""
     out = OUT / name
+    shutil.rmtree(out, ignore_errors=True)      # a run that goes on would not know its seconds
     command = [sys.executable, script, "--init", START, "--out", str(out)]
     command += [part for k, v in flags.items() for part in (f"--{k}", str(v))]
     begun, stamps = time.monotonic(), {}
