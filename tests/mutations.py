@@ -664,6 +664,56 @@ put("invented-command", "a missing checkpoint names a command that is not there"
     "if stage != \"model\" and os.path.isfile(f\"{root}/{script}\"):", "if True:",
     "errors.py::test_missing_checkpoint_of_no_script")
 
+# ---------------------------------------------------------------------------- real rows and weights
+
+put("q-and-k-swapped", "GPT-2's packed q, k, v are taken apart in another order", "convert.py",
+    "zip(\"qkv\", theirs.pop(name).chunk(3))", "zip(\"kqv\", theirs.pop(name).chunk(3))",
+    "convert.py::test_values_land_where_they_belong")
+
+put("tags-from-nothing", "new tags start at zero instead of the mean: softmax hardly finds them",
+    "convert.py", "model[name][list(new.values())] = mean",
+    "model[name][list(new.values())] = 0.0", "convert.py::test_there_and_back")
+
+put("user-writes-think", "an added tag that is not marked special can come from a user's text",
+    "model.py", "t.get(\"special\", False) or tag(t)", "t.get(\"special\", False)",
+    "convert.py::test_control_tokens_are_never_text")
+
+put("gguf-rows-permuted", "q and k rows stay in GGUF's order: RoPE turns the wrong pairs",
+    "data/smollm2.py", "rows.shape[-1]).swapaxes(1, 2)", "rows.shape[-1])",
+    "convert.py::test_gguf_rows_are_put_back")
+
+put("split-by-row", "val is drawn by row: the same prompt is in train and val", "data/common.py",
+    "        x = draw(key)\n", "        x = draw(f\"{key}{len(parts['train'])}\")\n",
+    "data.py::test_equal_prompts_never_straddle")
+
+put("test-rows-in-train", "training rows that ask what the test file asks stay", "data/common.py",
+    "        if key in asked:\n", "        if False:\n",
+    "data.py::test_equal_prompts_never_straddle")
+
+put("calculator-marks", "GSM8K's calculator marks stay in the traces", "data/gsm8k.py",
+    "re.sub(r\"<<.*?>>\", \"\", untagged(body))", "untagged(body)", "gsm8k.py::test_rows")
+
+put("two-prompts", "a pair whose two transcripts differ before the last answer is kept",
+    "data/hh.py", "    if prompt != other:", "    if False:", "data.py::test_dropped_and_why")
+
+put("documents-run-together", "no end token between documents", "data/text.py",
+    "tokenizer.encode(raw.decode()) + [tokenizer.end]", "tokenizer.encode(raw.decode())",
+    "data.py::test_text_folder_and_tokens")
+
+put("always-solved-kept", "prompts solved 8 times of 8 stay: no advantage, all cost",
+    "data/within_reach.py", "if 0 < tried[row[\"id\"]] < args.samples]",
+    "if 0 < tried[row[\"id\"]]]",
+    "data.py::test_within_reach")
+
+put("acc-norm-by-nothing", "acc_norm without the division by length", "tasks.py",
+    "np.argmax(np.array(log_p) / list(map(len, options)))", "np.argmax(np.array(log_p))",
+    "tasks.py::test_the_length_decides_acc_norm")
+
+put("windows-overlap", "tokens at the seam of two windows are predicted twice", "tasks.py",
+    "found.append((ids[max(0, end - block_size - 1) : end], len(new)))",
+    "found.append((ids[max(0, end - block_size - 1) : end], min(end - 1, block_size)))",
+    "tasks.py::test_text_predicts_every_token_once")
+
 # ---------------------------------------------------------------------------- without a mutation
 
 WITHOUT = {
@@ -675,7 +725,6 @@ WITHOUT = {
     "0/0 on a micro-batch without a counted token": "sums are never divided one by one",
     "prompt and completion encoded together": "a tag stands at the seam: nothing can merge there",
     "dropout in policy or reference": "there is none",
-    "mismatched prompts of a pair": "a row has one prompt for both sides",
     "split of transcripts into turns": "rows arrive as turns",
     "metrics of the last micro-batch alone": "they are summed beside the loss, by the same line",
     "a gradient through KTO's baseline": "it is a Python number",
