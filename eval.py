@@ -283,9 +283,11 @@ def plan(args, name):
     kind, few = name[:2], args.n_primed
     n = args.n_many if kind in ("02", "03") else min(args.n_greedy, 40 if kind == "00" else 10 ** 9)
     jobs = [("bits", 4, bits, has("val.bin")), ("pairs", 14, preferences, has("pairs_test.jsonl"))]
+    asked = has("rl_test.jsonl")
     for mode, count in (("free", n), ("answer", few), ("think", few)):
-        jobs.append((mode, 1 + count / 40, lambda a, s, m=mode, c=count: greedy(a, s, m, c), True))
-    jobs += [("sampled", args.n_sampled * args.samples / 120, sampled, True),
+        jobs.append((mode, 1 + count / 40, lambda a, s, m=mode, c=count: greedy(a, s, m, c),
+                     asked))
+    jobs += [("sampled", args.n_sampled * args.samples / 120, sampled, asked),
              ("chat", 1, chat, has("chat_test.jsonl"))]
     wanted = {"00": ["bits", "free"], "01": ["bits", "free", "answer", "think", "chat"],
               "06": ["pairs"]} | {p: [job[0] for job in jobs] for p in PAIRED}
@@ -304,7 +306,7 @@ def open_stage(args, path):
         if inputs[init] != record["inputs"].get(init):
             stage.init = None              # no distance to a start that is no longer there
             print(f"{name}: {init} has changed since, so there is no KL to it", flush=True)
-    if name[:2] != "06":
+    if name[:2] != "06" and os.path.isfile(f"{args.data}/rl_test.jsonl"):
         stage.rows = questions(args, model, tokenizer, "rl_test.jsonl", "answer")
     return stage
 
@@ -408,9 +410,12 @@ def main(args):
         fail(f"{args.out} has no checkpoint: run ./run.sh first")
     names = [Path(p).stem if len({Path(q).stem for q in paths}) == len(paths) else p for p in paths]
     say = print if args.rank == 0 else lambda *a, **k: None
-    for file in ("val.bin", "pairs_test.jsonl", "chat_test.jsonl"):
-        if not os.path.isfile(f"{args.data}/{file}"):
-            say(f"{args.data}/{file} is not there: its columns are left out")
+    files = ("val.bin", "rl_test.jsonl", "pairs_test.jsonl", "chat_test.jsonl")
+    absent = [file for file in files if not os.path.isfile(f"{args.data}/{file}")]
+    for file in absent:
+        say(f"{args.data}/{file} is not there: its columns are left out")
+    if len(absent) == len(files):
+        fail(f"{args.data} holds no test file: run python data/toy.py first, or another in data/")
     ahead = sum(cost for p in paths for _, cost, _ in plan(args, Path(p).stem))
     results, right, begun, behind = {}, {}, time.monotonic(), 0.0
     for name, path in zip(names, paths):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -219,6 +220,13 @@ def test_eval_without_steps_and_other_files(world, tmp_path):
     assert figures["free"]["n"] == 6 and figures["pass@1"]["n"] == 4 and "careful" not in figures
     assert not [name for name in figures if "steps" in name]
     assert figures["pass@1"]["low"] < figures["pass@1"]["high"]    # 0 of 4 is not known to be 0
+    (tmp_path / "rl_test.jsonl").unlink()                          # pairs alone
+    shutil.copy(world[1] / "pairs_test.jsonl", tmp_path)
+    done = run("eval.py", out / "03_dpo.pt", out / "06_reward.pt", "--out", tmp_path, "--data",
+               tmp_path)
+    assert done.returncode == 0 and "rl_test.jsonl is not there" in done.stdout, done.stderr
+    stages = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert all("prefers, a" in figures and "free" not in figures for figures in stages.values())
 
 
 @pytest.mark.parametrize("flags, said", [
