@@ -60,14 +60,13 @@ def siblings():
              "| 02, the start | | " + " | ".join(
                  f"{100 * start[k]['mean']:.1f}" for k, _, _ in list(shown.values())[:4]) + " | | | |"]
     runs = shootout.finished("rl", shootout.RL)
-    level = shootout.level(runs)
     for name, group in runs.items():
         cells = [shootout.spread([r["test"][k]["mean"] for r in group], scale, digits)
                  for k, scale, digits in shown.values()]
         spent = [sum(shootout.tokens(r)) for r in group]
         lines.append(" | ".join([f"| {name}", f"{shootout.best_rate(name):g}", *cells,
                                  shootout.spread(spent, 1e-3, 0),
-                                 shootout.when(group, level)[0]]) + " |")
+                                 shootout.when(group, runs["grpo"])[0]]) + " |")
     lines += ["", "| from 02, on the pairs | " + " | ".join(
         f"prefers, {k}" for k in KINDS) + " | greedy, free | sampled, `<think>` | KL/token |",
         "|---" * 8 + "|"]
