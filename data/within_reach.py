@@ -29,7 +29,8 @@ def main(argv=None):
                         help="the file written beside them (%(default)s)")
     for flag, default, text in [
             ("want", 200, "prompts to find; 0: try all"), ("samples", 8, "of each prompt"),
-            ("max_new", 256, "tokens of a completion, at most"), ("seed", 0, "of the samples"),
+            ("max_new", 256, "tokens of a completion, at most"),
+            ("temperature", 1.0, "as in 04"), ("seed", 0, "of the samples"),
             ("device", "auto", "cpu, cuda, mps")]:
         parser.add_argument(f"--{flag}", type=type(default), default=default,
                             help=f"{text} (%(default)s)")
@@ -74,8 +75,8 @@ def times_right(args, model, tokenizer, rows):
     """How many of each row's samples the verifier accepts."""
     prompts = [p for row in rows for p in [tokenizer.prompt(row["prompt"])] * args.samples]
     numbers = [row["id"] * args.samples + s for row in rows for s in range(args.samples)]
-    completions, _ = generate(model, prompts, args.max_new, tokenizer.end, 1.0, args.seed,
-                              rows=numbers)
+    completions, _ = generate(model, prompts, args.max_new, tokenizer.end, args.temperature,
+                              args.seed, rows=numbers)
     return [sum(verify(tokenizer.decode(c), row["answer"]) == 1 for c in group)
             for row, group in zip(rows, split(completions, args.samples))]
 
