@@ -232,9 +232,9 @@ def test_eval_without_steps_and_other_files(world, tmp_path):
 @pytest.mark.parametrize("flags, said", [
     (["--out", "/nowhere"], "run ./run.sh first"),
     (["{out}/02_cot.pt", "--data", "/nowhere/toy"], "python data/toy.py"),
-    (["/nowhere/02_cot.pt"], "/nowhere/02_cot.pt is missing")])
+    (["/nowhere/02_cot.pt", "--data", "{data}"], "/nowhere/02_cot.pt is missing")])
 def test_eval_fails_in_one_line(world, flags, said):
-    done = run("eval.py", *[f.format(out=world[0]) for f in flags])
+    done = run("eval.py", *[f.format(out=world[0], data=world[1]) for f in flags])
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
