@@ -6,51 +6,48 @@ The first stage: it alone builds the model and takes its tokenizer from the data
 ln V, where every token is equally likely.
     torchrun --nproc_per_node=4 00_pretrain.py --n_layer 12 --n_embd 768 --n_head 12
 """
-import argparse, math, os
+import math, os
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 
+from model import (GPT, GPTConfig, all_sum, autocast, cli, diverged, fail, load_tokenizer,
+                   make_optimizers, read_tokens, resume, save_checkpoint, setup, split, wrap)
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from model import (GPT, GPTConfig, LEAST, Log, all_sum, autocast, fail, inputs, interrupted,
-                   load_tokenizer, make_optimizers, parse_flags, ranks, read_tokens, restore, save,
-                   skip_if_done, split, wrap)
 
 # ---------------------------------------------------------------------------- config
 
 
 @dataclass
 class Config:
-    data: str = "out/data/toy"
-    train: str = "train.bin"
-    val: str = "val.bin"
-    out: str = "out/toy"
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
+    data: str = "out/data/toy"  # folder of prepared rows
+    train: str = "train.bin"    # its file to learn from
+    val: str = "val.bin"        # its file to evaluate on
+    out: str = "out/toy"        # folder for the checkpoint and the log
+    n_layer: int = 4            # blocks
+    n_head: int = 4             # attention heads
+    n_embd: int = 128           # width of the residual stream
     block_size: int = 256       # the context of the model
     position: str = "rope"      # "learned" with qk_norm 0 is GPT-2: slower to learn sums
-    norm: str = "layer"
-    mlp: str = "gelu"
-    bias: str = "all"
-    qk_norm: int = 1
-    tied: int = 1
+    norm: str = "layer"         # or rms
+    mlp: str = "gelu"           # or swiglu
+    bias: str = "all"           # or none, or qkv
+    qk_norm: int = 1            # 1: RMSNorm on each head's q and k
+    tied: int = 1               # 1: the head is the embedding
     window: int = 128           # tokens of text in a row
-    steps: int = 300
+    steps: int = 300            # optimizer steps
     batch_size: int = 64        # rows a step, over all ranks
     micro_batch: int = 64       # rows a rank holds at once
     lr: float = 4e-3            # AdamW: embeddings, norms, biases
     muon_lr: float = 0.03       # Muon: the blocks' matrices; 0 gives them to AdamW
-    warmup: int = 10
-    grad_clip: float = 1.0
-    eval_every: int = 100
-    save_every: int = 100
-    seed: int = 0
-    device: str = "auto"
+    warmup: int = 10            # steps until the full rate
+    grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
+    eval_every: int = 100       # steps between evaluations
+    save_every: int = 100       # steps between saves of an unfinished run
+    seed: int = 0               # of weights, order and samples
+    device: str = "auto"        # auto: cuda, then mps, then cpu
 
 
 # ---------------------------------------------------------------------------- data
@@ -81,7 +78,7 @@ def pretrain_loss(logprobs):
 
 
 def main(cfg):
-    rank, world, device = start(cfg)
+    rank, world, device = setup(cfg)
     tokenizer = load_tokenizer(f"{cfg.data}/tokenizer.json")
     train, val = (read_tokens(f"{cfg.data}/{name}", tokenizer) for name in (cfg.train, cfg.val))
     if not 1 <= cfg.window <= cfg.block_size or len(val) <= cfg.window or len(train) <= cfg.window:
@@ -92,7 +89,7 @@ def main(cfg):
     model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).to(device)
     ddp = wrap(model)
     optimizers = make_optimizers([model], cfg.lr, cfg.muon_lr)
-    first, log = resume(cfg, {"model": model}, optimizers)
+    first, log = resume(cfg, {"model": model}, optimizers, tokens=len(train))
 
     def objective(ids):
         return pretrain_loss(ddp(ids[:, :-1], ids[:, 1:]))
@@ -103,8 +100,8 @@ def main(cfg):
         metrics = update(cfg, step, ddp, optimizers, batches, objective)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             metrics |= evaluate(cfg, model, val, rank, world, device)
-        log(step, **metrics)
-        keep(cfg, step + 1, {"model": model}, optimizers, tokenizer)
+        log(step + 1, cfg.batch_size * cfg.window, **metrics)
+        save_checkpoint(cfg, step + 1, {"model": model}, optimizers, tokenizer)
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -112,8 +109,8 @@ def main(cfg):
 
 @torch.no_grad()
 def evaluate(cfg, model, val, rank, world, device):
-    """Loss a token on the held-out text, in consecutive windows, sharded over ranks."""
-    starts = range(0, len(val) - cfg.window, cfg.window)[: 40 * cfg.micro_batch]
+    """Loss a token on held-out text, in 2,560 consecutive windows, sharded over ranks."""
+    starts = range(0, len(val) - cfg.window, cfg.window)[:2560]
     rows = [val[i : i + cfg.window + 1].astype(np.int64) for i in starts]
     total = Counter(loss=0.0, count=0)
     for part in split(rows, cfg.micro_batch, rank, world):
@@ -125,34 +122,8 @@ def evaluate(cfg, model, val, rank, world, device):
     return {"val_loss": total["loss"] / total["count"]}
 
 
-# ---------------------------------------------------------------------------- frame
-# The same bytes in every stage: flags, ranks, one exact update, schedule, log, resume.
-
-NAME = Path(__file__).stem
-
-
-def cli(Config):
-    """Every field of Config is a --flag; --help prints the docstring above and the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
-                            metavar=repr(f.default))
-    return Config(**parse_flags(parser))
-
-
-def start(cfg):
-    """Refuse what cannot be, then set up ranks, device and seed -> rank, world, device."""
-    rank, world, device = ranks(cfg.device)
-    for f in fields(cfg):
-        least = LEAST.get(f.name)
-        if least is not None and getattr(cfg, f.name) < least:
-            fail(f"--{f.name} must be at least {least}, not {getattr(cfg, f.name)}")
-    parts = world * getattr(cfg, "minibatches", 1)
-    if cfg.batch_size % parts:
-        fail(f"--batch_size {cfg.batch_size} is not divisible among {parts} ranks x minibatches")
-    torch.manual_seed(cfg.seed)            # the same on every rank: replicas and heads start equal
-    return rank, world, device
+# ---------------------------------------------------------------------------- update
+# The same bytes in every stage: one exact training step, and its schedule.
 
 
 def update(cfg, step, ddp, optimizers, batches, objective):
@@ -172,11 +143,9 @@ def update(cfg, step, ddp, optimizers, batches, objective):
     weights = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
     for p in weights:
         p.grad.mul_(world / count)         # DDP averaged over the ranks: make it a sum again
-    norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip))
+    norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf))
     if not math.isfinite(total["loss"] + norm):
-        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing "
-             f"was updated and what {cfg.out} holds is intact. Lower --lr; then delete "
-             f"{cfg.out}/{NAME}.state.pt or choose another --out")
+        diverged(cfg, step + 1, f"loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}")
     for opt in optimizers:
         for g in opt.param_groups:
             g["lr"] = g["peak"] * schedule(cfg, step)
@@ -190,28 +159,6 @@ def schedule(cfg, step):
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     return 0.55 + 0.45 * math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-
-
-def resume(cfg, modules, optimizers):
-    """-> (the first step to do, log). Continues this very configuration's unfinished run."""
-    record = {"config": asdict(cfg), "inputs": inputs}
-    skip_if_done(f"{cfg.out}/{NAME}.pt", record)
-    first = restore(f"{cfg.out}/{NAME}.state.pt", record, modules, optimizers)
-    return first, Log(f"{cfg.out}/{NAME}.jsonl", first, cfg)
-
-
-def keep(cfg, step, modules, optimizers, tokenizer, **extra):
-    """After `step` steps: the finished checkpoint, or from time to time what a resume needs."""
-    stop = interrupted()                   # Ctrl-C on any rank: all leave after the same step
-    parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
-                 gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
-    state = f"{cfg.out}/{NAME}.state.pt"
-    if step == cfg.steps:
-        save(f"{cfg.out}/{NAME}.pt", then_remove=state, **parts, **extra)
-    elif stop or step % cfg.save_every == 0:
-        save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
-    if stop and step < cfg.steps:
-        fail(f"stopped after step {step}; the same command continues", 130)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from model import (GPT, GPTConfig, TAGS, Tokenizer, at_least_fp32, cannot_write, fail, inputs, load,
-                   read_json, save, write_text)
+from model import (GPT, GPTConfig, TAGS, Tokenizer, at_least_fp32, cannot_write, fail,
+                   file_hashes, load, read_json, save, write_text)
 
 # ---------------------------------------------------------------------------- configurations
 
@@ -303,7 +303,7 @@ def read_tokenizer(folder, config):
     try:
         size = Tokenizer(spec).base
         ours = config.get("gpt_mini_tokenizer")
-        if ours and ours["sha256"] == inputs[str(path)]:       # tiktoken's, and nobody changed it
+        if ours and ours["sha256"] == file_hashes[str(path)]:     # tiktoken's, and nobody changed it
             return ours["spec"], size
         if "chat_template" in chat:
             spec = read_template(spec, chat)
@@ -426,7 +426,7 @@ def import_model(source, target):
     tokenizer, model = Tokenizer(spec), read_weights(folder, cfg, family)
     extend(cfg, model, tokenizer, size)
     save(target, model=model, gpt=asdict(cfg), tokenizer=spec,
-         record={"config": {"source": source}, "inputs": inputs})
+         record={"config": {"source": source}, "inputs": file_hashes})
     count = sum(w.numel() for w in model.values())
     print(f"{target}: {FAMILIES[family]}, {count:,} weights, context {cfg.block_size}, "
           f"{tokenizer.vocab_size} ids")

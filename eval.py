@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from model import (autocast, encode_rows, fail, generate, inputs, load, number, pad, parse,
-                   ranks, read_rows, read_tokens, shift, split, verify, write_text)
+from model import (autocast, encode_rows, fail, generate, file_hashes, load, number, pad, parse,
+                   init_distributed, read_rows, read_tokens, shift, split, verify, write_text)
 
 STAGES = ["00_pretrain", "01_sft", "02_cot", "03_dpo", "04_rlvr", "05_ppo", "06_reward"]
 PRIMERS = {"free": "", "answer": "<answer>", "think": "<think>"}
@@ -303,7 +303,7 @@ def open_stage(args, path):
                             right={}, init=None)
     if os.path.isfile(init):
         stage.init = load(init, args.device)[0].eval()
-        if inputs[init] != record["inputs"].get(init):
+        if file_hashes[init] != record["inputs"].get(init):
             stage.init = None              # no distance to a start that is no longer there
             print(f"{name}: {init} has changed since, so there is no KL to it", flush=True)
     if name[:2] != "06" and os.path.isfile(f"{args.data}/rl_test.jsonl"):
@@ -403,7 +403,7 @@ def plots(args, results):
 
 
 def main(args):
-    args.rank, args.world, args.device = ranks(args.device)
+    args.rank, args.world, args.device = init_distributed(args.device)
     signal.signal(signal.SIGINT, signal.SIG_DFL)       # nothing here to resume
     paths = args.checkpoints or [p for s in STAGES if os.path.isfile(p := f"{args.out}/{s}.pt")]
     if not paths:

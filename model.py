@@ -2,320 +2,51 @@
 
 Every stage imports this file and no other, and none of them changes it. One section at a time:
 
-    errors        one clear line instead of a traceback
-    tokenizers    characters, tiktoken's gpt2, a Hugging Face tokenizer.json; the chat template
-    rows          JSONL and .bin files -> Python; padding; which rows a step sees
     GPT           GPT-2 by default; a few switches reach the Llama and Qwen family
     generate      the one rollout engine: KV cache, ragged prompts, continuous batching
+    tokenizers    characters, tiktoken's gpt2, a Hugging Face tokenizer.json; the chat template
+    rows          JSONL and .bin files -> Python; padding; which rows a step sees
     verify        the one verifier
+
+and then what serves training:
+
+    files         one way in and one way out; one clear line instead of a traceback
+    flags         the range of every number, the command line, what a script begins with
+    ranks         torchrun's processes, sums over them, Ctrl-C
     optimizers    AdamW, or Muon on the matrices and AdamW on the rest
     scale         compile, checkpointing, FSDP2 or DDP: speed and memory, never results
-    ranks and log torchrun's ranks, sums over them, Ctrl-C, one line a step
-    checkpoints   atomic, strict, without pickle execution
+    log           one line a step, progress and time left
+    checkpoints   atomic, strict, without pickle execution; an unfinished run goes on where it was
 """
-import atexit, hashlib, json, math, os, re, shutil, signal, sys, threading, time
+import argparse, atexit, errno, fcntl, hashlib, inspect, json, math, os, re, shutil, signal
+import sys, threading, time, zipfile
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields
 from fractions import Fraction
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------- errors
-
-
-def fail(message, code=2):
-    """Print one line on stderr (rank 0 alone) and leave with this exit code, on every rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message if code == 130 else f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(code)
+def last_words(kind, error, trace):
+    """Instead of a traceback, where a line says it all: Ctrl-C, memory, another rank that is gone.
+    Set before torch is imported, which takes a second."""
+    said = f"{kind.__name__}: {error}"
+    if issubclass(kind, KeyboardInterrupt):
+        raise SystemExit(130)
+    if re.search(r"MemoryError|out of memory|can't allocate memory|not enough memory", said):
+        fail("out of memory: lower --micro_batch (or batch, window and model), or use --bf16 1, "
+             "--checkpointing 1")
+    if re.search(r"DistBackendError|gloo|onnection (closed|reset|refused)|Broken pipe", said):
+        fail("another rank has left: its own line says why; the same command continues")
+    sys.__excepthook__(kind, error, trace)
 
 
-LEAST = dict(steps=1, batch_size=1, micro_batch=1, eval_every=1, save_every=1, warmup=0, lr=0,
-             grad_clip=0, group_size=2, minibatches=1, epochs=1, max_new=1, temperature=1e-3,
-             eval_rows=1, seed=0, max_rounds=1, overlong=0)
+sys.excepthook = last_words
 
-
-# ---------------------------------------------------------------------------- tokenizers
-
-TAGS = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>",
-        "<think>", "</think>", "<answer>", "</answer>"]
-
-
-class Tokenizer:
-    """Text <-> ids. `spec` is plain JSON and travels inside the checkpoint:
-    {"kind": "chars", "chars": "..."}, {"kind": "tiktoken", "name": "gpt2"} or
-    {"kind": "json", "json": {a Hugging Face tokenizer.json}}. The tags get the ids after the base.
-
-    A tokenizer.json may bring a chat of its own: "template", the fixed text between turns, by the
-    roles before and after ("user": at the start, "user assistant", "assistant user", ...). Then
-    <|end|> is the token that closes its assistant's turns, and only the reasoning tags that it
-    lacks get new ids. "config" is what convert.py hands back to a tokenizer_config.json.
-
-    `encode` never yields a tag, whatever the text says; `encode_completion` and the template do.
-    """
-
-    def __init__(self, spec):
-        self.spec, kind, own, self.between = spec, spec.get("kind"), {}, {}
-        if kind == "chars":
-            self.chars = spec["chars"]
-            self.index = {c: i for i, c in enumerate(self.chars)}
-            base = len(self.chars)
-        elif kind == "tiktoken":
-            import tiktoken
-            try:
-                self.bpe = tiktoken.get_encoding(spec["name"])
-            except Exception as e:
-                fail(f"tiktoken cannot load {spec['name']!r} ({type(e).__name__}): it downloads "
-                     "its files once; go online, or set TIKTOKEN_CACHE_DIR to a folder with them")
-            base = self.bpe.n_vocab
-        elif kind == "json":
-            import tokenizers
-            self.hf = tokenizers.Tokenizer.from_str(json.dumps(as_control(spec["json"])))
-            self.hf.no_truncation()
-            self.hf.no_padding()
-            for roles, text in spec.get("template", {}).items():
-                self.between[roles] = self.hf.encode(text, add_special_tokens=False).ids
-            self.hf.encode_special_tokens = True     # "<|im_start|>" in user text stays text
-            own = {t.content: i for i, t in self.hf.get_added_tokens_decoder().items()}
-            base = 1 + max(self.hf.get_vocab(with_added_tokens=True).values())
-        else:
-            fail(f"unknown tokenizer kind {kind!r}: expected chars, tiktoken or json")
-        if self.between:
-            own["<|end|>"] = self.between["assistant user"].pop(0)
-        wanted = TAGS[:1] + TAGS[4 if self.between else 1:]
-        new = [tag for tag in wanted if tag not in own]
-        ids = own | {tag: base + i for i, tag in enumerate(new)}
-        self.kind, self.base, self.vocab_size = kind, base, base + len(new)
-        self.tags = {tag: ids[tag] for tag in wanted}
-        self.control = {i: tag for tag, i in self.tags.items()}
-        self.end = self.tags["<|end|>"]
-
-    def encode(self, text):
-        """Plain text -> ids; tags in it stay text. ValueError on unknown characters."""
-        if self.kind == "chars":
-            try:
-                return [self.index[c] for c in text]
-            except KeyError as e:
-                raise ValueError(f"the character {e.args[0]!r} is not in the tokenizer") from None
-        if self.kind == "tiktoken":
-            return self.bpe.encode_ordinary(text)
-        return self.hf.encode(text, add_special_tokens=False).ids
-
-    def encode_completion(self, text):
-        """As encode, but the tags that a completion may write become their single ids."""
-        ids = []
-        for piece in re.split("(</?think>|</?answer>)", text):
-            ids += [self.tags[piece]] if piece in self.tags else self.encode(piece) if piece else []
-        return ids
-
-    def decode(self, ids):
-        """ids -> text, tags written out."""
-        out, plain = [], []
-        for i in list(ids) + [None]:
-            if i is not None and i < self.base and i not in self.control:
-                plain.append(i)
-                continue
-            if plain:
-                out.append("".join(self.chars[j] for j in plain) if self.kind == "chars"
-                           else self.bpe.decode(plain) if self.kind == "tiktoken"
-                           else self.hf.decode(plain, skip_special_tokens=False))
-                plain = []
-            if i is not None:
-                out.append(self.control.get(i, ""))     # "": padding ids
-        return "".join(out)
-
-    def header(self, before, role):
-        """The ids that open a turn of `role` after one of `before` ("" at the start)."""
-        if not self.between:
-            return [self.tags[f"<|{role}|>"]]
-        if f"{before} {role}".strip() not in self.between:
-            raise ValueError(f"this model's own chat has no {role!r} turn "
-                             + (f"after a turn of {before!r}" if before else "at the start"))
-        return self.between[f"{before} {role}".strip()]
-
-    def chat(self, messages):
-        """[{"role", "content"}, ...] -> ids, completion_mask (lists of equal length).
-
-        The mask comes from the roles: 1 on an assistant's content and the <|end|> that closes it,
-        0 on everything else. Each turn is encoded apart, so that no merge crosses a seam and the
-        prompt has the same ids in training and in rollouts. If the last turn is the user's, the
-        assistant's header is appended: this is the prompt to complete.
-        """
-        ids, mask, before = [], [], ""
-        for m in messages:
-            new, head = m["role"] == "assistant", self.header(before, m["role"])
-            body = (self.encode_completion if new else self.encode)(m["content"])
-            body = body + [self.end] * new
-            ids += head + body
-            mask += [0] * len(head) + [int(new)] * len(body)
-            before = m["role"]
-        if before != "assistant":
-            head = self.header(before, "assistant")
-            ids, mask = ids + head, mask + [0] * len(head)
-        return ids, mask
-
-    def prompt(self, prompt, primer=""):
-        """A prompt (string or messages) -> ids up to where the completion begins.
-        `primer` opens the completion, for example "<think>"."""
-        ids, _ = self.chat(turns(prompt))
-        return ids + self.encode_completion(primer)
-
-
-def as_control(spec):
-    """A tokenizer.json with every added <tag> as a special token: Qwen3's <think> is none, and
-    could be written by a user."""
-    tag = lambda t: t["content"][:1] == "<" and t["content"][-1:] == ">"
-    return spec | {"added_tokens": [t | {"special": t.get("special", False) or tag(t)}
-                                    for t in spec.get("added_tokens", [])]}
-
-
-def turns(prompt):
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def load_tokenizer(path):
-    """tokenizer.json: one of our specs, or a file of the tokenizers library."""
-    spec = read_json(path)
-    return Tokenizer(spec if "kind" in spec else {"kind": "json", "json": spec})
-
-
-# ---------------------------------------------------------------------------- rows
-
-inputs = {}   # every file that this process has read -> its hash, for the checkpoint's record
-
-
-def read_bytes(path, made_by=""):
-    """The bytes of a file, remembered by hash. A missing file names the command that makes it."""
-    if not os.path.isfile(path):
-        fail(f"{path} is missing" + (f": run {made_by} first" if made_by else ""))
-    with open(path, "rb") as f:
-        raw = f.read()
-    inputs[str(path)] = hashlib.sha256(raw).hexdigest()
-    return raw
-
-
-def prepares(path):
-    """The command that makes the data file `path`, by the name of its folder."""
-    name = os.path.basename(os.path.dirname(os.path.abspath(path)))
-    made_by = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", f"{name}.py")
-    return f"python data/{name}.py" if os.path.isfile(made_by) else "its script in data/"
-
-
-def read_json(path):
-    try:
-        return json.loads(read_bytes(path, prepares(path)))
-    except ValueError as e:
-        fail(f"{path} is not JSON: {e}")
-
-
-def read_rows(path, *keys):
-    """JSONL -> list of dicts that all have `keys`; each key may be alternatives, "a|b"."""
-    rows = []
-    for n, line in enumerate(read_bytes(path, prepares(path)).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            fail(f"{path}, line {n}: not JSON ({e}); every line is one object")
-        for key in keys:
-            if not isinstance(row, dict) or all(
-                    row.get(k) in (None, "", []) for k in key.split("|")):
-                fail(f"{path}, line {n}: no {key.replace('|', ' or ')!r}, or empty; "
-                     f"a row here needs {', '.join(keys)}")
-        rows.append(row | {"line": n})
-    if not rows:
-        fail(f"{path} has no rows: run {prepares(path)} again")
-    return rows
-
-
-def encode_rows(rows, path, encode, block_size):
-    """[encode(row) -> (ids, ...)] for the rows whose ids all fit the context.
-
-    Rows that are too long are dropped and counted, never cut: a cut completion would lose its end.
-    """
-    kept, dropped = [], 0
-    for row in rows:
-        try:
-            items = encode(row)
-        except (ValueError, KeyError, TypeError) as e:
-            what = e if isinstance(e, ValueError) else f"not in the format: {e!r}"
-            fail(f"{path}, line {row['line']}: {what}")
-        if max(len(ids) for ids, _ in items) > block_size:
-            dropped += 1
-        else:
-            kept.append(items)
-    if dropped and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: {dropped} of {len(rows)} rows are longer than the context of {block_size} "
-              "tokens and were dropped", flush=True)
-    if not kept:
-        fail(f"{path}: no row fits the context of {block_size} tokens; use a longer one")
-    return kept
-
-
-def read_tokens(path, tokenizer):
-    """A .bin of ids -> np.memmap. The vocabulary decides the ids' width, as in data/."""
-    if not os.path.isfile(path):
-        fail(f"{path} is missing: run {prepares(path)} first")
-    dtype = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
-    ids = np.memmap(path, dtype=dtype, mode="r") if os.path.getsize(path) else np.zeros(0, dtype)
-    if len(ids) < 2 or int(ids[: 2 ** 20].max()) >= tokenizer.vocab_size:
-        fail(f"{path} is empty or was written with another tokenizer: run {prepares(path)} again")
-    edge = ids[: 2 ** 20].tobytes() + ids[-2 ** 20:].tobytes()      # a corpus may have many GB
-    inputs[str(path)] = hashlib.sha256(edge + str(len(ids)).encode()).hexdigest()
-    return ids
-
-
-def pad(rows, device, fill=0):
-    """Ragged lists -> (B, T), right-padded. Attention is causal, so padding on the right is never
-    seen by a real token, and masks come from lengths: a pad may then equal any id."""
-    T = max(len(r) for r in rows)
-    return torch.tensor([list(r) + [fill] * (T - len(r)) for r in rows], device=device)
-
-
-def shift(ids, completion_mask):
-    """ids, mask (B, T) -> inputs, targets, mask, each (B, T-1): the token that follows, and whether
-    it counts. Uncounted targets are -1, for which token_logprobs computes nothing."""
-    mask = completion_mask[:, 1:]
-    return ids[:, :-1], ids[:, 1:].masked_fill(mask == 0, -1), mask
-
-
-def split(items, size, rank=0, world=1):
-    """A list in pieces of `size`, the last one perhaps shorter. Of several ranks each gets its own
-    pieces, and equally many: FSDP2 gathers weights in every forward, and one more on one rank would
-    wait for ever. So they are of about equal size, and of 2 where 1 does not come out even."""
-    if world == 1:
-        return [items[i : i + size] for i in range(0, len(items), size)]
-    if len(items) < world and SCALE["fsdp"]:
-        fail(f"--fsdp 1: {len(items)} rows are fewer than {world} ranks")
-    n = min(-(-len(items) // (size * world)) * world, len(items) // world * world or len(items))
-    edges = [i * len(items) // n for i in range(n + 1)] if n else []
-    return [items[a:b] for a, b in zip(edges, edges[1:])][rank::world]
-
-
-def by_length(rows, size, rank=0, world=1):
-    """As `split`, after sorting by length: rows of like length share a micro-batch, which leaves
-    little padding. For sums, which do not mind the order."""
-    longest = lambda row: max(len(ids) for ids, *_ in ([row] if isinstance(row[0], list) else row))
-    return split(sorted(rows, key=longest), size, rank, world)
-
-
-def sample_rows(n, k, seed, step):
-    """Indices of the k rows that `step` sees: a fresh permutation an epoch, a function of (seed,
-    step) alone. A resume, or another number of ranks, sees the same rows."""
-    picks = []
-    for i in range(step * k, (step + 1) * k):
-        epoch, at = divmod(i, n)
-        if not picks or at == 0:
-            order = np.random.default_rng([seed, epoch]).permutation(n)
-        picks.append(int(order[at]))
-    return picks
-
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 # ---------------------------------------------------------------------------- GPT
 
@@ -344,23 +75,28 @@ class GPTConfig:
     rope_context: int = 8192
     norm_eps: float = 1e-5
 
-    def __post_init__(self):
+    where: InitVar[str] = ""    # what an error begins with
+
+    def __post_init__(self, where):
         self.n_kv_head = self.n_kv_head or self.n_head
         for name, choices in [("position", ("learned", "rope")), ("norm", ("layer", "rms")),
                               ("mlp", ("gelu", "swiglu")), ("bias", ("all", "none", "qkv"))]:
             if getattr(self, name) not in choices:
-                fail(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
-            fail("vocab_size, block_size, n_layer, n_head and n_embd must be positive")
+                fail(f"{where}{name} must be one of {', '.join(choices)}, "
+                     f"not {getattr(self, name)!r}")
+        for name, value in [(f.name, getattr(self, f.name)) for f in fields(self)]:
+            least = 0 if name in ("head_dim", "n_ff", "qk_norm", "tied") else 1e-30
+            if not isinstance(value, str) and not least <= value <= 1e9:
+                fail(f"{where}{name} cannot be {value}")
         if not self.head_dim and self.n_embd % self.n_head:
-            fail(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
+            fail(f"{where}n_head={self.n_head} does not divide n_embd={self.n_embd}")
         if self.n_head % self.n_kv_head:
-            fail(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
+            fail(f"{where}n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         swiglu = -(-8 * self.n_embd // 3 // 64) * 64
         self.n_ff = self.n_ff or (4 * self.n_embd if self.mlp == "gelu" else swiglu)
         if self.position == "rope" and self.head_dim % 2:
-            fail(f"rope turns pairs of channels: head_dim={self.head_dim} must be even")
+            fail(f"{where}rope turns pairs of channels: head_dim={self.head_dim} must be even")
 
 
 def make_norm(cfg, size):
@@ -384,7 +120,8 @@ def rope_angles(cfg):
 
 def rotate(x, cos, sin):
     """Turn channel pairs (i, i + d/2) of x (B, H, T, d) by the angle of their position; cos, sin
-    (T, d) hold it for both halves, -sin for the first."""
+    (T, d) hold it for both halves, -sin for the first. (As Llama's rotate_half; the paper turns
+    neighbours, which is the same up to the order of channels.)"""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -556,7 +293,7 @@ def at_least_fp32(x):
 def autocast(device):
     """bf16 matrix products on CUDA, and where --bf16 asks for them; never in the float64 tests."""
     kind = torch.device(device).type
-    use = (kind == "cuda" or SCALE["bf16"]) and torch.get_default_dtype() == torch.float32
+    use = (kind == "cuda" or SWITCHES["bf16"]) and torch.get_default_dtype() == torch.float32
     return torch.autocast(kind, torch.bfloat16) if use else nullcontext()
 
 
@@ -569,7 +306,7 @@ def uniforms(seed, step, row, n):
     return np.random.default_rng([seed, step, row]).random(n)
 
 
-def choose(logits, u, temperature, top_p=1.0):
+def sample_token(logits, u, temperature, top_p=1.0):
     """logits (B, V) -> token (B,) and its log-prob (B,) at this temperature; 0 is greedy.
 
     One uniform a row and a search in the cumulative sum: torch.multinomial would draw B x V.
@@ -615,9 +352,10 @@ def generate(model, prompts, max_new, end, temperature=1.0, seed=0, step=0, rows
     cache = KVCache(model.cfg, S, min(T_max, longest + max_new), like)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     limit = (T_max - lengths).clamp(max=max_new)
-    u = torch.tensor(np.stack([uniforms(seed, step, r, max_new) for r in rows]), device=device)
     out = torch.zeros(N, max_new, dtype=torch.long, device=device)
     out_logprobs = torch.zeros(N, max_new, device=device, dtype=at_least_fp32(like).dtype)
+    u = torch.as_tensor(np.stack([uniforms(seed, step, r, max_new) for r in rows]))
+    u = u.to(out_logprobs.dtype).to(device)         # rounded here: not every device has float64
     active = torch.zeros(0, dtype=torch.long, device=device)           # which row is in which slot
     count, waiting = torch.zeros(N, dtype=torch.long, device=device), 0
     stopped = torch.zeros(N, dtype=torch.bool, device=device)
@@ -625,7 +363,8 @@ def generate(model, prompts, max_new, end, temperature=1.0, seed=0, step=0, rows
     def take(logits, which):
         """Draw one token for the rows `which`, store it, and mark the rows that are finished."""
         n = count[which]
-        token, logprob = choose(logits, u[which, n.clamp(max=max_new - 1)], temperature, top_p)
+        drawn = u[which, n.clamp(max=max_new - 1)]
+        token, logprob = sample_token(logits, drawn, temperature, top_p)
         going = ~stopped[which]                     # finished rows may still ride along in a slot
         at = which[going], n[going]
         out[at], out_logprobs[at] = token[going], logprob[going].to(out_logprobs.dtype)
@@ -637,6 +376,7 @@ def generate(model, prompts, max_new, end, temperature=1.0, seed=0, step=0, rows
     with autocast(device):
         while True:
             finished = int(stopped[active].sum())
+            # To close gaps moves keys and values; an eighth of idle slots costs about as much.
             if finished == len(active) or finished > len(active) // 8:
                 left = (~stopped[active]).nonzero()[:, 0]
                 last = left[left >= len(left)]          # the last rows fill the gaps before them
@@ -684,7 +424,309 @@ def prefill(model, cache, prompts, slot):
     return model.logits(hidden[torch.arange(len(unique), device=ids.device), last])[inverse]
 
 
+# ---------------------------------------------------------------------------- tokenizers
+
+
+TAGS = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>",
+        "<think>", "</think>", "<answer>", "</answer>"]
+
+
+class Tokenizer:
+    """Text <-> ids. `spec` is plain JSON and travels inside the checkpoint:
+    {"kind": "chars", "chars": "..."}, {"kind": "tiktoken", "name": "gpt2"} or
+    {"kind": "json", "json": {a Hugging Face tokenizer.json}}. The tags get the ids after the base.
+
+    A tokenizer.json may bring a chat of its own: "template", the fixed text between turns, by the
+    roles before and after ("user": at the start, "user assistant", "assistant user", ...). Then
+    <|end|> is the token that closes its assistant's turns, and only the reasoning tags that it
+    lacks get new ids. "config" is what convert.py hands back to a tokenizer_config.json.
+
+    `encode` never yields a tag, whatever the text says; `encode_completion` and the template do.
+    """
+
+    def __init__(self, spec):
+        self.spec, kind, own, self.between = spec, spec.get("kind"), {}, {}
+        if kind == "chars":
+            self.chars = spec["chars"]
+            if not isinstance(self.chars, str) or not 0 < len(self.chars) == len(set(self.chars)):
+                raise ValueError("chars must be a text of characters, each once")
+            self.index = {c: i for i, c in enumerate(self.chars)}
+            base = len(self.chars)
+        elif kind == "tiktoken":
+            import tiktoken
+            try:
+                self.bpe = tiktoken.get_encoding(spec["name"])
+            except Exception as e:
+                fail(f"tiktoken cannot load {spec['name']!r} ({type(e).__name__}): it downloads "
+                     "its files once; go online, or set TIKTOKEN_CACHE_DIR to a folder with them")
+            base = self.bpe.n_vocab
+        elif kind == "json":
+            import tokenizers
+            self.hf = tokenizers.Tokenizer.from_str(json.dumps(as_control(spec["json"])))
+            self.hf.no_truncation()
+            self.hf.no_padding()
+            for roles, text in spec.get("template", {}).items():
+                self.between[roles] = self.hf.encode(text, add_special_tokens=False).ids
+            self.hf.encode_special_tokens = True     # "<|im_start|>" in user text stays text
+            own = {t.content: i for i, t in self.hf.get_added_tokens_decoder().items()}
+            base = 1 + max(self.hf.get_vocab(with_added_tokens=True).values())
+        else:
+            raise ValueError(f"unknown kind {kind!r}: expected chars, tiktoken or json")
+        if self.between:
+            own["<|end|>"] = self.between["assistant user"].pop(0)
+        wanted = TAGS[:1] + TAGS[4 if self.between else 1:]
+        new = [tag for tag in wanted if tag not in own]
+        ids = own | {tag: base + i for i, tag in enumerate(new)}
+        self.kind, self.base, self.vocab_size = kind, base, base + len(new)
+        self.tags = {tag: ids[tag] for tag in wanted}
+        self.control = {i: tag for tag, i in self.tags.items()}
+        self.end = self.tags["<|end|>"]
+
+    def encode(self, text):
+        """Plain text -> ids; tags in it stay text. ValueError on unknown characters."""
+        if self.kind == "chars":
+            try:
+                return [self.index[c] for c in text]
+            except KeyError as e:
+                raise ValueError(f"the character {e.args[0]!r} is not in the tokenizer") from None
+        if self.kind == "tiktoken":
+            return self.bpe.encode_ordinary(text)
+        return self.hf.encode(text, add_special_tokens=False).ids
+
+    def encode_completion(self, text):
+        """As encode, but the tags that a completion may write become their single ids."""
+        ids = []
+        for piece in re.split("(</?think>|</?answer>)", text):
+            ids += [self.tags[piece]] if piece in self.tags else self.encode(piece) if piece else []
+        return ids
+
+    def decode(self, ids):
+        """ids -> text, tags written out."""
+        out, plain = [], []
+        for i in list(ids) + [None]:
+            if i is not None and i < self.base and i not in self.control:
+                plain.append(i)
+                continue
+            if plain:
+                out.append("".join(self.chars[j] for j in plain) if self.kind == "chars"
+                           else self.bpe.decode(plain) if self.kind == "tiktoken"
+                           else self.hf.decode(plain, skip_special_tokens=False))
+                plain = []
+            if i is not None:
+                out.append(self.control.get(i, ""))     # "": padding ids
+        return "".join(out)
+
+    def header(self, before, role):
+        """The ids that open a turn of `role` after one of `before` ("" at the start)."""
+        if not self.between:
+            return [self.tags[f"<|{role}|>"]]
+        if f"{before} {role}".strip() not in self.between:
+            raise ValueError(f"this model's own chat has no {role!r} turn "
+                             + (f"after a turn of {before!r}" if before else "at the start"))
+        return self.between[f"{before} {role}".strip()]
+
+    def chat(self, messages):
+        """[{"role", "content"}, ...] -> ids, completion_mask (lists of equal length).
+
+        The mask comes from the roles: 1 on an assistant's content and the <|end|> that closes it,
+        0 on everything else. Each turn is encoded apart, so that no merge crosses a seam and the
+        prompt has the same ids in training and in rollouts. If the last turn is the user's, the
+        assistant's header is appended: this is the prompt to complete.
+        """
+        ids, mask, before = [], [], ""
+        for m in messages:
+            new, head = m["role"] == "assistant", self.header(before, m["role"])
+            body = (self.encode_completion if new else self.encode)(m["content"])
+            body = body + [self.end] * new
+            ids += head + body
+            mask += [0] * len(head) + [int(new)] * len(body)
+            before = m["role"]
+        if before != "assistant":
+            head = self.header(before, "assistant")
+            ids, mask = ids + head, mask + [0] * len(head)
+        return ids, mask
+
+    def prompt(self, prompt, primer=""):
+        """A prompt (string or messages) -> ids up to where the completion begins.
+        `primer` opens the completion, for example "<think>"."""
+        ids, _ = self.chat(turns(prompt))
+        return ids + self.encode_completion(primer)
+
+
+def as_control(spec):
+    """A tokenizer.json with every added <tag> as a special token: Qwen3's <think> is none, and
+    could be written by a user."""
+    tag = lambda t: t["content"][:1] == "<" and t["content"][-1:] == ">"
+    return spec | {"added_tokens": [t | {"special": t.get("special", False) or tag(t)}
+                                    for t in spec.get("added_tokens", [])]}
+
+
+def turns(prompt):
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def load_tokenizer(path):
+    """tokenizer.json: one of our specs, or a file of the tokenizers library."""
+    spec = read_json(path)
+    ours = isinstance(spec, dict) and "kind" in spec
+    return make_tokenizer(spec if ours else {"kind": "json", "json": spec}, path)
+
+
+def make_tokenizer(spec, where):
+    """A Tokenizer, or the line that says why `spec`, read in the file `where`, makes none."""
+    try:
+        return Tokenizer(spec)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as e:             # the tokenizers library panics outside of Exception
+        what = " ".join(str(e).split())[:120]
+        fail(f"{where} holds no tokenizer that works ({type(e).__name__}: {what})")
+
+
+# ---------------------------------------------------------------------------- rows
+
+
+def read_rows(path, *keys):
+    """JSONL -> list of dicts that all have `keys`; each key may be alternatives, "a|b"."""
+    rows = []
+    for n, line in enumerate(read_bytes(path, command_for(path)).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as e:
+            fail(f"{path}, line {n}: not JSON ({e}); every line is one object")
+        for key in keys:
+            if not isinstance(row, dict) or all(
+                    row.get(k) in (None, "", []) for k in key.split("|")):
+                fail(f"{path}, line {n}: no {key.replace('|', ' or ')!r}, or empty; "
+                     f"a row here needs {', '.join(keys)}")
+        rows.append(row | {"line": n})
+    if not rows:
+        fail(f"{path} has no rows: run {command_for(path)} again")
+    return rows
+
+
+def encode_rows(rows, path, encode, block_size):
+    """[encode(row) -> (ids, ...)] for the rows whose ids all fit the context.
+
+    Rows that are too long are dropped and counted, never cut: a cut completion would lose its end.
+    """
+    kept, dropped = [], 0
+    for row in rows:
+        try:
+            items = encode(row)
+        except (ValueError, KeyError, TypeError) as e:
+            what = e if isinstance(e, ValueError) else f"not in the format: {e!r}"
+            fail(f"{path}, line {row['line']}: {what}")
+        if max(len(ids) for ids, _ in items) > block_size:
+            dropped += 1
+        else:
+            kept.append(items)
+    if dropped:
+        say(f"{path}: {dropped} of {len(rows)} rows are longer than the context of {block_size} "
+            "tokens and were dropped")
+    if not kept:
+        fail(f"{path}: no row fits the context of {block_size} tokens; use a longer one")
+    return kept
+
+
+def read_tokens(path, tokenizer):
+    """A .bin of ids -> np.memmap. The vocabulary decides the ids' width, as in data/. What a
+    preparer has written says in PATH.json what it holds; another file is scanned once."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32)
+    again = f"run {command_for(path)} again"
+    try:
+        size = os.path.getsize(path)
+        if size % dtype.itemsize or size < 2 * dtype.itemsize:
+            fail(f"{path} has {size} bytes: no two or more whole ids of {dtype}; {again}")
+        ids = np.memmap(path, dtype=dtype, mode="r")
+    except OSError as e:
+        cannot_read(path, e, command_for(path))
+    edge = ids[: 2 ** 20].tobytes() + ids[-2 ** 20:].tobytes()      # a corpus may have many GB
+    edges = hashlib.sha256(edge + str(len(ids)).encode()).hexdigest()
+    if not os.path.exists(f"{path}.json"):
+        scan_tokens(path, ids, tokenizer.vocab_size)
+    else:
+        said = read_json(f"{path}.json")
+        del file_hashes[f"{path}.json"]
+        made = {"dtype": dtype.name, "count": len(ids), "edges": edges, "tokenizer": hashlib.sha256(
+            json.dumps(tokenizer.spec, sort_keys=True).encode()).hexdigest()}
+        wrong = [k for k, v in made.items() if not isinstance(said, dict) or said.get(k) != v]
+        if wrong or not 0 <= said.get("max_id", -1) < tokenizer.vocab_size:
+            fail(f"{path} was written with another tokenizer, or has changed since "
+                 f"({', '.join(wrong) or 'max_id'} differs from {path}.json): {again}")
+    file_hashes[str(path)] = edges
+    return ids
+
+
+def scan_tokens(path, ids, vocab_size):
+    """Rank 0 looks at every id of a file that says nothing of itself."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    progress, empty, halves = Progress(os.path.basename(path), len(ids)), True, True
+    for i in range(0, len(ids), 2 ** 24):
+        part = ids[i : i + 2 ** 24]
+        if part.max() >= vocab_size:
+            fail(f"{path}: id {part.max()}, and the tokenizer beside it has {vocab_size}: the two "
+                 "do not belong together")
+        empty, halves = empty and not part.any(), halves and not part[1::2].any()
+        if len(ids) > 2 ** 24:
+            progress(min(i + 2 ** 24, len(ids)), "scanned")
+    if empty or halves:
+        fail(f"{path} holds " + ("nothing but id 0" if empty else
+             "id 0 at every second place: it was written as uint32, and this vocabulary's ids are "
+             "read as uint16"))
+
+
+def pad(rows, device, fill=0):
+    """Ragged lists -> (B, T), right-padded. Attention is causal, so padding on the right is never
+    seen by a real token, and masks come from lengths: a pad may then equal any id."""
+    T = max(len(r) for r in rows)
+    return torch.tensor([list(r) + [fill] * (T - len(r)) for r in rows], device=device)
+
+
+def shift(ids, completion_mask):
+    """ids, mask (B, T) -> inputs, targets, mask, each (B, T-1): the token that follows, and whether
+    it counts. Uncounted targets are -1, for which token_logprobs computes nothing."""
+    mask = completion_mask[:, 1:]
+    return ids[:, :-1], ids[:, 1:].masked_fill(mask == 0, -1), mask
+
+
+def split(items, size, rank=0, world=1):
+    """A list in pieces of `size`, the last one perhaps shorter. Of several ranks each gets its own
+    pieces. Every rank gets the same number of them: under FSDP2 one more forward on one rank would
+    wait for ever. So they are of about equal size, and of 2 where 1 does not come out even."""
+    if world == 1:
+        return [items[i : i + size] for i in range(0, len(items), size)]
+    if len(items) < world and SWITCHES["fsdp"]:
+        fail(f"--fsdp 1: {len(items)} rows are fewer than {world} ranks")
+    n = min(-(-len(items) // (size * world)) * world, len(items) // world * world or len(items))
+    edges = [i * len(items) // n for i in range(n + 1)] if n else []
+    return [items[a:b] for a, b in zip(edges, edges[1:])][rank::world]
+
+
+def by_length(rows, size, rank=0, world=1):
+    """As `split`, after sorting by length: rows of like length share a micro-batch, which leaves
+    little padding. For sums, which do not mind the order."""
+    longest = lambda row: max(len(ids) for ids, *_ in ([row] if isinstance(row[0], list) else row))
+    return split(sorted(rows, key=longest), size, rank, world)
+
+
+def sample_rows(n, k, seed, step):
+    """Indices of the k rows that `step` sees: a fresh permutation an epoch, a function of (seed,
+    step) alone. A resume, or another number of ranks, sees the same rows."""
+    picks = []
+    for i in range(step * k, (step + 1) * k):
+        epoch, at = divmod(i, n)
+        if not picks or at == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(n)
+        picks.append(int(order[at]))
+    return picks
+
+
 # ---------------------------------------------------------------------------- verify
+
 
 WHOLE = re.compile(r"(?:<think>((?:(?!</?think>|</?answer>|<\|).)*)</think>)?"
                    r"<answer>((?:(?!</?think>|</?answer>|<\|).)*)</answer><\|end\|>", re.DOTALL)
@@ -750,6 +792,323 @@ def verify(completion, answer):
     return float(not (a or b) and said == answer != "")
 
 
+# ---------------------------------------------------------------------------- files
+
+
+def fail(message, code=2):
+    """Print one line on stderr, one rank a machine, and leave with this exit code."""
+    if speaks():
+        said = " ".join(str(message).split("\n"))
+        print(said if code == 130 else f"error: {said}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def speaks():
+    """Whether this rank prints an error: of each machine's ranks the first that has one. (Before
+    they know each other they all see the same one, and the first of them prints it.)"""
+    local, world = os.environ.get("LOCAL_RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not dist.is_initialized():
+        return world == "1" or not world.isdigit() or local == "0" or not local.isdigit()
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"errors of machine {os.environ.get('GROUP_RANK', 0)}", 1) == 1
+    except RuntimeError:
+        return local == "0"
+
+
+def say(text):
+    """Print a line, on rank 0 alone. A reader that has left (| head) ends no training."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            print(text, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def cannot_read(path, error, made_by=""):
+    """Leave with what is true of a file that cannot be read."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        fail(f"{path} is missing" + (f": run {made_by} first" if made_by else ""))
+    if isinstance(error, MemoryError):
+        fail(f"{path} does not fit into memory")
+    fail(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def cannot_write(path, error):
+    """Leave with why `path` cannot be written."""
+    why, full = getattr(error, "strerror", None), (errno.ENOSPC, errno.EDQUOT, None)
+    fail(f"cannot write {path} ({why or error}); what was there before is intact. "
+         + ("Free some space and run the same command again"
+            if getattr(error, "errno", None) in full else "Choose a place that can be written"))
+
+
+file_hashes = {}   # every file that this process has read -> its hash, for the checkpoint's record
+
+
+def read_bytes(path, made_by=""):
+    """The bytes of a file, remembered by hash. A missing file names the command that makes it."""
+    try:
+        with open(path, "rb") as f:
+            raw = f.read()
+    except (OSError, MemoryError) as e:
+        cannot_read(path, e, made_by)
+    file_hashes[str(path)] = hashlib.sha256(raw).hexdigest()
+    return raw
+
+
+def command_for(path):
+    """The command that makes the data file `path`, by the name of its folder."""
+    name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    made_by = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", f"{name}.py")
+    return f"python data/{name}.py" if os.path.isfile(made_by) else "its script in data/"
+
+
+def parse_json(text):
+    """JSON -> value; ValueError for whatever is wrong with it, too deep nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_json(path):
+    try:
+        return parse_json(read_bytes(path, command_for(path)))
+    except ValueError as e:
+        fail(f"{path} is not JSON: {e}")
+
+
+def write_text(path, text):
+    """Atomic, as `save`: a reader sees the old file or the whole new one."""
+    try:
+        with open(f"{path}.new", "w") as f:
+            f.write(text)
+        os.replace(f"{path}.new", path)
+    except OSError as e:
+        cannot_write(path, e)
+
+
+def claim(out, name):
+    """Make the folder `out`, try whether it can be written, and lock out/name for this process, so
+    that no second run writes there. The lock is the system's: it dies with its process."""
+    path = f"{out}/{name}.lock"
+    if not out:
+        fail("--out is empty: name a folder")
+    try:
+        os.makedirs(out, exist_ok=True)
+        lock = open(path, "a+")
+    except OSError as e:
+        cannot_write(path, e)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        fail(f"{out}/{name} is being written by another run ({lock.read().strip()}): wait for it, "
+             "stop it, or choose another --out")
+    except OSError:
+        say(f"{out} is on a disk without locks: start no second run of {name} there")
+    if not os.path.exists(path) or os.fstat(lock.fileno()).st_ino != os.stat(path).st_ino:
+        return claim(out, name)                # its last owner removed it in between
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+    lock.flush()
+    claim.held.append(lock)
+    atexit.register(release, path)
+
+
+def release(path):
+    if os.path.exists(path):
+        os.remove(path)
+
+
+claim.held = []
+
+
+# ---------------------------------------------------------------------------- flags
+
+
+# The range of every number that a flag can set: [ and ] with the end, ( and ) without. Where one
+# name means two things, the script's name stands before it.
+RANGES = {
+    "steps": "[1, 1e9]", "batch_size": "[1, 1e6]", "micro_batch": "[1, 1e6]",
+    "eval_every": "[1, 1e9]", "save_every": "[1, 1e9]", "eval_rows": "[1, 1e9]",
+    "warmup": "[0, 1e9]", "lr": "[0, 10]", "muon_lr": "[0, 10]", "grad_clip": "[0, 1e9]",
+    "seed": "[0, 4294967295]", "n_layer": "[1, 1000]", "n_head": "[1, 1000]",
+    "n_embd": "[1, 1e5]", "block_size": "[2, 1e6]", "window": "[1, 1e6]", "qk_norm": "[0, 1]",
+    "tied": "[0, 1]", "group_size": "[2, 1e4]", "minibatches": "[1, 1e4]", "epochs": "[1, 1000]",
+    "max_new": "[1, 1e6]", "max_rounds": "[1, 1000]", "overlong": "[0, 1e6]",
+    "temperature": "[0.001, 100]", "clip_eps": "(0, 1]", "clip_eps_high": "(0, 100]",
+    "beta": "[0, 100]", "03_dpo.beta": "(0, 100]", "ipo.beta": "(0, 100]",
+    "kto.beta": "(0, 100]", "simpo.beta": "(0, 100]", "gamma": "[0, 1]", "simpo.gamma": "[0, 100]",
+    "lam": "[0, 1]", "orpo.lam": "(0, 100]", "lam_d": "(0, 100]", "lam_u": "(0, 100]",
+    "vf_coef": "[0, 100]"}
+
+
+def check_ranges(values, script):
+    """Leave unless every number of {flag: value} is finite and lies in its range. (A comparison
+    with NaN is false: each is written so that NaN fails it.)"""
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            span = RANGES.get(f"{script}.{name}") or RANGES[name]
+            low, high = map(float, span[1:-1].split(","))
+            above = value >= low if span[0] == "[" else value > low
+            if not (above and (value <= high if span[-1] == "]" else value < high)):
+                fail(f"--{name} must lie in {span}, not {value}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose help is the script's docstring and whose errors are one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, usage="%(prog)s [--flag value ...]",
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        for stream in (sys.stdout, sys.stderr):          # a name that the terminal cannot show
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+
+    def error(self, message):
+        fail(f"{message}; --help lists the flags")
+
+
+# No Config fields: they change results by rounding at most, stand in no record, and a run may be
+# resumed with other ones.
+SWITCHES = dict(compile=0, checkpointing=0, fsdp=0, bf16=0, overwrite=0)
+
+
+def script_of(cfg):
+    """A Config, or its class -> the name of its script: "03_dpo", "rloo"."""
+    cls = cfg if isinstance(cfg, type) else type(cfg)
+    return os.path.basename(sys.modules[cls.__module__].__file__).removesuffix(".py")
+
+
+def cli(Config):
+    """The command line -> a Config. Every field is a --flag, and its comment the flag's help."""
+    parser = Parser(sys.modules[Config.__module__].__doc__)
+    notes = dict(re.findall(r"(?m)^    (\w+): [^#\n]*# *(.+)$", inspect.getsource(Config)))
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
+                            metavar=repr(f.default), help=notes.get(f.name, "").replace("%", "%%"))
+    group = parser.add_argument_group("speed, memory, safety (0 or 1); results stay the same")
+    for name, text in [
+            ("compile", "compile the blocks for training and scoring; generation stays as it is"),
+            ("checkpointing", "keep one activation a block, compute the others twice"),
+            ("fsdp", "FSDP2 under torchrun: each rank holds its part of the weights; not in RL"),
+            ("bf16", "bf16 matrix products, as always on CUDA; a gain on CPUs that have them"),
+            ("overwrite", "replace a finished checkpoint that was made in another way")]:
+        group.add_argument(f"--{name}", type=int, choices=(0, 1), default=0, metavar="0", help=text)
+    flags = vars(parser.parse_args())
+    SWITCHES.update({name: flags.pop(name) for name in SWITCHES})
+    if SWITCHES["fsdp"] and "max_new" in flags:
+        fail("--fsdp 1 is not for RL: sampling would gather all weights for every token. Without "
+             "it each rank holds the whole model")
+    if SWITCHES["compile"] and not any(map(shutil.which, (os.environ.get("CXX", "g++"),
+                                                          "clang++"))):
+        fail("--compile 1 needs a C++ compiler: install g++ or clang++")
+    return Config(**flags)
+
+
+def setup(cfg):
+    """What a stage begins with: refuse what cannot be; ranks, device, seed, and the folder --out,
+    locked -> rank, world, device."""
+    check_ranges(asdict(cfg), script_of(cfg))
+    rank, world, device = init_distributed(cfg.device)
+    parts = world * getattr(cfg, "minibatches", 1)
+    if cfg.batch_size % parts:
+        fail(f"--batch_size {cfg.batch_size} is not divisible among {parts} ranks x minibatches")
+    if rank == 0:
+        claim(cfg.out, script_of(cfg))
+    torch.manual_seed(cfg.seed)            # the same on every rank: replicas and heads start equal
+    return rank, world, device
+
+
+# ---------------------------------------------------------------------------- ranks
+
+
+def init_distributed(device):
+    """-> rank, world, device, from torchrun's environment; from here Ctrl-C, or SIGTERM, only
+    requests a stop. The rank is what the process group says."""
+    env = {name: os.environ.get(name, default) for name, default in
+           (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", os.environ.get("RANK", "0")))}
+    if not all(value.isdecimal() for value in env.values()) or not (
+            int(env["RANK"]) < int(env["WORLD_SIZE"]) >= 1 > 0 <= int(env["LOCAL_RANK"])):
+        fail(" ".join(f"{k}={v}" for k, v in env.items()) + " in the environment cannot be: "
+             "start several processes with torchrun, or unset them")
+    world, local = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    if world > 1 and not os.environ.get("MASTER_ADDR"):
+        fail(f"WORLD_SIZE={world} without MASTER_ADDR: start with torchrun, or unset WORLD_SIZE")
+    device = pick_device(device, local, world)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(dist.destroy_process_group)    # its threads must end before Python does
+    interrupt.seen = 0.0
+    interrupt.parent = os.getppid() if world > 1 or os.environ.get("SKIP_DONE") else 0
+    if threading.current_thread() is threading.main_thread():
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, interrupt)
+    return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def pick_device(device, local=0, world=1):
+    """--device -> one that is there; auto: cuda, then mps, then cpu."""
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    if device == "cuda":
+        device = f"cuda:{local}"
+    there = ["cpu", *["mps"] * torch.backends.mps.is_available(),
+             *[f"cuda:{i}" for i in range(torch.cuda.device_count())]]
+    if device not in there:
+        fail(f"--device {device}: this machine has {', '.join(there)} (auto picks one)")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    return device
+
+
+def interrupt(*_):
+    """The first Ctrl-C lets the step finish, so that a resume can follow; the second does not.
+    (torchrun hands one Ctrl-C on, so its ranks see two at once: these are one.)"""
+    if interrupt.seen and time.monotonic() > interrupt.seen + 1:
+        raise SystemExit(130)
+    interrupt.seen = interrupt.seen or time.monotonic()
+
+
+interrupt.seen, interrupt.parent = 0.0, 0
+
+
+def interrupted():
+    """Whether any rank was asked to stop, or has lost the launcher (or run.sh) that started it."""
+    orphan = interrupt.parent not in (0, os.getppid())
+    return all_sum(seen=interrupt.seen + orphan)["seen"] > 0
+
+
+def all_sum(**numbers):
+    """Sums over ranks, as floats; with one process the numbers themselves. All ranks pass the same
+    names in the same order."""
+    if not dist.is_initialized():
+        return {k: float(v) for k, v in numbers.items()}
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    t = torch.tensor([float(v) for v in numbers.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(t)
+    return dict(zip(numbers, t.tolist()))
+
+
+def all_agree(step):
+    """Leave unless all ranks have read the same files and stand at the same step: two machines may
+    see two disks, and would then train two runs as if they were one."""
+    if not dist.is_initialized():
+        return
+    seen = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (step, file_hashes))
+    for rank, (other, hashes) in enumerate(seen):
+        names = [path for path in sorted(set(hashes) | set(seen[0][1]))
+                 if hashes.get(path) != seen[0][1].get(path)]
+        if names:
+            fail(f"rank {rank} has read another {names[0]} than rank 0: all machines need the same")
+        if other != seen[0][0]:
+            fail(f"rank {rank} would go on after step {other}, rank 0 after step {seen[0][0]}: "
+                 "--out must be on a disk that all machines see")
+
+
 # ---------------------------------------------------------------------------- optimizers
 
 
@@ -778,39 +1137,17 @@ def make_optimizers(modules, lr, muon_lr=0.0, weight_decay=0.0, betas=(0.9, 0.95
 
 # ---------------------------------------------------------------------------- scale
 
-SCALE = dict(compile=0, checkpointing=0, fsdp=0, bf16=0)      # set by the flags of the same names
-
-
-def parse_flags(parser):
-    """The command line -> {field: value} of a Config. SCALE's flags are no fields: they change
-    results by rounding at most, are in no record, and a run may be resumed with other ones."""
-    group = parser.add_argument_group("speed and memory (0 or 1)")
-    for name, text in [
-            ("compile", "compile the blocks for training and scoring; generation stays as it is"),
-            ("checkpointing", "keep one activation a block, compute the others twice"),
-            ("fsdp", "FSDP2 under torchrun: each rank holds its part of the weights; not in RL"),
-            ("bf16", "bf16 matrix products, as always on CUDA; a gain on CPUs that have them")]:
-        group.add_argument(f"--{name}", type=int, choices=(0, 1), default=0, metavar="0", help=text)
-    flags = vars(parser.parse_args())
-    SCALE.update({name: flags.pop(name) for name in SCALE})
-    if SCALE["fsdp"] and "max_new" in flags:
-        fail("--fsdp 1 is not for RL: sampling would gather all weights for every token. Without "
-             "it each rank holds the whole model")
-    if SCALE["compile"] and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        fail("--compile 1 needs a C++ compiler: install g++ or clang++")
-    return flags
-
 
 def wrap(module):
-    """What the training forward calls, instead of `module`: called raw, replicas would train
-    unsynchronised without an error. DistributedDataParallel, or with --fsdp the module itself, its
+    """What the training forward calls: call it, not the module. The raw module trains without
+    gradient sync, silently. DistributedDataParallel, or with --fsdp the module itself, its
     weights sharded in place. Make the optimizers afterwards. What has no gradient is not reduced.
     """
     for gpt in [m for m in module.modules() if isinstance(m, GPT)]:
-        gpt.checkpointing = bool(SCALE["checkpointing"])
-        for block in gpt.blocks if SCALE["compile"] else ():
+        gpt.checkpointing = bool(SWITCHES["checkpointing"])
+        for block in gpt.blocks if SWITCHES["compile"] else ():
             block.forward = torch.compile(block.forward, dynamic=True)     # no name changes
-    if dist.is_initialized() and SCALE["fsdp"]:
+    if dist.is_initialized() and SWITCHES["fsdp"]:
         return shard(module)
     if dist.is_initialized() and any(p.requires_grad for p in module.parameters()):
         return nn.parallel.DistributedDataParallel(module)
@@ -834,20 +1171,20 @@ def shard(module):
     return module
 
 
-def whole(parts):
+def gather_full(parts):
     """Dicts and lists with FSDP2's shards in them -> the same with whole tensors, on rank 0. All
     ranks take part, tensor after tensor; the others keep nothing."""
     if isinstance(parts, dict):
-        return {k: whole(v) for k, v in parts.items()}
+        return {k: gather_full(v) for k, v in parts.items()}
     if isinstance(parts, list):
-        return [whole(v) for v in parts]
+        return [gather_full(v) for v in parts]
     if not hasattr(parts, "full_tensor"):
         return parts
     full = parts.full_tensor()
     return full.cpu() if dist.get_rank() == 0 else None
 
 
-def part_of(full, mine):
+def shard_like(full, mine):
     """`full` as `mine` is: cut to this rank's shard where `mine` is one of FSDP2's."""
     if not hasattr(mine, "full_tensor") or full.shape != mine.shape:
         return full
@@ -856,98 +1193,119 @@ def part_of(full, mine):
                              src_data_rank=None)       # every rank has read the file
 
 
-# ---------------------------------------------------------------------------- ranks and log
+# ---------------------------------------------------------------------------- log
 
 
-def ranks(device):
-    """-> rank, world, device, from torchrun's environment; Ctrl-C is from now on a wish."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        atexit.register(dist.destroy_process_group)    # its threads must end before Python does
-    interrupt.seen = 0.0
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
-    return rank, world, device
+def clipped(text):
+    """A line within the terminal's width."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def interrupt(*_):
-    """The first Ctrl-C lets the step finish, so that a resume can follow; the second does not.
-    (torchrun hands one Ctrl-C on, so its ranks see two at once: these are one.)"""
-    if interrupt.seen and time.monotonic() > interrupt.seen + 1:
-        raise SystemExit(130)
-    interrupt.seen = interrupt.seen or time.monotonic()
+class Progress:
+    """progress(done, text): what is done of `total`, the time left, and the text; some forty lines
+    in all, and one wherever `always` asks for it."""
+
+    def __init__(self, name, total, first=0):
+        self.name, self.total, self.first, self.shown = name, total, first, first
+        self.begun = time.monotonic()
+
+    def __call__(self, done, text="", always=False):
+        begins = self.shown == self.first < done
+        if not (always or begins or done >= self.total or done - self.shown >= self.total / 40):
+            return
+        self.shown = done
+        spent = (time.monotonic() - self.begun) / max(done - self.first, 1e-9)
+        left = int(spent * max(self.total - done, 0))
+        clock = f"{left // 3600}:{left // 60 % 60:02}" if left >= 3600 else f"{left // 60}"
+        say(clipped(f"{self.name:>12} {done:>{len(str(self.total))}}/{self.total}  "
+                    f"{clock}:{left % 60:02} left  {text}"))
 
 
-def interrupted():
-    return all_sum(seen=interrupt.seen)["seen"] > 0
-
-
-def all_sum(**numbers):
-    """Sums over ranks, as floats; with one process the numbers themselves."""
-    if not dist.is_initialized():
-        return {k: float(v) for k, v in numbers.items()}
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    t = torch.tensor([float(v) for v in numbers.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(t)
-    return dict(zip(numbers, t.tolist()))
+# What a screen that is too narrow for all shows first.
+FIRST = "val_loss", "val_accuracy", "accuracy", "reward", "kl", "loss"
 
 
 class Log:
-    """log(step, **metrics): one JSON line in the file, one aligned line on the screen."""
+    """log(step, tokens, **metrics): one JSON line in NAME.jsonl, one line on the screen.
 
-    def __init__(self, path, first, cfg):
-        self.path, self.first, self.steps, self.begun = path, first, cfg.steps, time.monotonic()
-        self.quiet = os.environ.get("RANK", "0") != "0"
+    The file's first line is the run: its config, model, device, sizes. `step` counts from 1, and
+    `tokens` are those that the step has seen, over all ranks. "samples" among the metrics, rows
+    of what the model wrote, go to NAME.samples.jsonl.
+    """
+
+    def __init__(self, cfg, first, header):
+        self.cfg, self.name, self.last = cfg, script_of(cfg), time.monotonic()
+        self.path, self.progress = f"{cfg.out}/{self.name}", Progress(self.name, cfg.steps, first)
+        self.quiet = dist.is_initialized() and dist.get_rank() > 0
         if self.quiet:
             return
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        lines = [json.dumps({"config": asdict(cfg)})]
-        if first and os.path.isfile(path):         # a resumed run continues the file at its step
-            with open(path) as f:
-                old = [line for line in f.read().splitlines()[1:] if line.endswith("}")]
-            lines += [line for line in old if json.loads(line)["step"] < first]
-        write_text(path, "".join(line + "\n" for line in lines))
+        head = {"stage": self.name, "config": asdict(cfg), **header, "resumed_from": first}
+        begin(f"{self.path}.jsonl", first, [head])
+        begin(f"{self.path}.samples.jsonl", first, [])
+        sizes = [f"{v:,} {k}" for k, v in header.items() if isinstance(v, int)]
+        say(clipped(f"{self.name}: {', '.join(sizes)}, {cfg.steps} steps on {header['device']}"
+                    + (f"; resumed after step {first}" if first else "")))
 
-    def __call__(self, step, **metrics):
+    def __call__(self, step, tokens, samples=(), **metrics):
+        now = time.monotonic()
+        metrics["tok_s"], self.last = round(tokens / max(now - self.last, 1e-9)), now
+        bad = [f"{k} is {v}" for k, v in metrics.items() if not math.isfinite(v)]
+        if bad:
+            diverged(self.cfg, step, ", ".join(bad))
         if self.quiet:
             return
-        try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **metrics}) + "\n")
-        except OSError as e:
-            cannot_write(self.path, e)
-        seldom = (step + 1) % max(1, self.steps // 40) and step > self.first
-        if seldom and "val_loss" not in metrics:
-            return                         # some forty lines on the screen; the file has every step
-        left = (time.monotonic() - self.begun) / (step + 1 - self.first) * (self.steps - step - 1)
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-        print(f"{os.path.basename(self.path)[:-6]:>12} {step + 1:>{len(str(self.steps))}}/"
-              f"{self.steps}  {int(left) // 60}:{int(left) % 60:02} left  {shown}", flush=True)
+        append(f"{self.path}.jsonl", [{"step": step, **metrics}])
+        append(f"{self.path}.samples.jsonl", [{"step": step, **row} for row in samples])
+        rank = {k: i for i, k in enumerate(FIRST)}
+        shown = sorted(metrics, key=lambda k: rank.get(k, len(FIRST)))
+        text = "  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k != "tok_s")
+        self.progress(step, f"{metrics['tok_s']:,} tok/s  {text}",
+                      always="val_loss" in metrics or bool(samples))
+        for row in samples:
+            said = row["completion"].replace("\n", " / ")
+            verdict = {1: "right", 0: "wrong"}.get(row["verdict"], "no answer")
+            say(clipped(f"{'sample':>12} {verdict}: {said}"))
+
+
+def begin(path, first, head):
+    """A log file from its head on; a resumed run keeps what there is up to step `first`. Damaged
+    lines go: the log is for people, and no reason to stop."""
+    kept = []
+    if first and os.path.isfile(path):
+        with open(path, errors="replace") as f:
+            for line in f.read().split("\n"):
+                try:
+                    row = parse_json(line)
+                    kept += [row] if 0 < row["step"] <= first else []
+                except (ValueError, TypeError, KeyError):
+                    continue
+    if head or kept or os.path.isfile(path):
+        write_text(path, "".join(json.dumps(row) + "\n" for row in head + kept))
+
+
+def append(path, rows):
+    try:
+        if rows:
+            with open(path, "a") as f:
+                f.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as e:
+        cannot_write(path, e)
+
+
+def diverged(cfg, step, what):
+    """Leave before anything that is not finite is kept."""
+    state = f"{cfg.out}/{script_of(cfg)}.state.pt"
+    fail(f"step {step}: {what}; nothing was saved and what {cfg.out} holds is intact. Lower --lr; "
+         f"then {f'delete {state} or ' if os.path.exists(state) else ''}choose another --out")
 
 
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def cannot_write(path, error):
-    fail(f"cannot write {path} ({error}); what was there before is intact. Free some space and "
-         "run the same command again")
-
-
-def write_text(path, text):
-    """Atomic, as `save`."""
-    try:
-        with open(f"{path}.new", "w") as f:
-            f.write(text)
-        os.replace(f"{path}.new", path)
-    except OSError as e:
-        cannot_write(path, e)
+def record_of(cfg):
+    """What a checkpoint was made from: its stage, configuration and the files read."""
+    return {"stage": script_of(cfg), "config": asdict(cfg), "inputs": file_hashes}
 
 
 NEUTRAL = {"device", "micro_batch", "save_every"}     # leave the result unchanged (up to rounding)
@@ -962,53 +1320,120 @@ def differing(old, new):
     return names
 
 
-def skip_if_done(path, record):
-    """run.sh sets SKIP_DONE: leave at once if the finished checkpoint has this very record."""
-    if os.environ.get("SKIP_DONE") and os.path.isfile(path):
-        if not differing(read_checkpoint(path).get("record", {}), record):
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{path} is up to date", flush=True)
-            raise SystemExit(0)
+def resume(cfg, modules, optimizers, **header):
+    """-> (the first step to do, log). Continues this very configuration's unfinished run. `header`:
+    what else the log's first line says, as rows=5000."""
+    path = f"{cfg.out}/{script_of(cfg)}"
+    respect_finished(f"{path}.pt", record_of(cfg))
+    first = restore(f"{path}.state.pt", cfg, modules, optimizers)
+    all_agree(first)
+    model = modules["model"]
+    device = next(model.parameters()).device
+    threads = f" ({torch.get_num_threads()} threads)" * (device.type == "cpu")
+    ranks = f"{dist.get_world_size()} x " if dist.is_initialized() else ""
+    return first, Log(cfg, first, {
+        "parameters": sum(p.numel() for p in model.parameters()), **header,
+        "model": asdict(model.cfg), "device": f"{ranks}{device.type}{threads}"})
 
 
-def restore(path, record, modules, optimizers):
-    """Load an unfinished run's state, if there is one -> the first step to do."""
-    if not os.path.isfile(path):
+def respect_finished(path, record):
+    """A finished checkpoint is there. run.sh (SKIP_DONE) leaves at once if it has this very record,
+    or remakes it and keeps the old one; by hand, one of another record needs --overwrite 1."""
+    old = read_checkpoint(path).get("record", {}) if os.path.isfile(path) else None
+    names = differing(old, record) if old is not None else []
+    by_hand = not os.environ.get("SKIP_DONE")
+    if all_sum(done=old is not None and not names and not by_hand)["done"]:
+        say(f"{path} is up to date")
+        raise SystemExit(0)
+    if names and by_hand and not SWITCHES["overwrite"]:
+        fail(f"{path} is finished and was made with other {', '.join(names)}: choose another "
+             "--out, or --overwrite 1 to replace it")
+    if names:
+        say(f"{path} will be made again (changed: {', '.join(names)}); the old one is kept as "
+            f"{path}.old")
+
+
+def restore(path, cfg, modules, optimizers):
+    """Load an unfinished run's state, if there is one -> how many steps it has done."""
+    if not os.path.exists(path):
         return 0
     parts = read_checkpoint(path)
-    names = differing(parts["record"], record)
+    names = differing(parts.get("record", {}), record_of(cfg))
     if names:
         fail(f"{path} is an unfinished run with other {', '.join(names)}: "
              "delete it to start afresh, or choose another --out")
+    step, states = parts.get("step"), parts.get("optimizers")
+    if type(step) is not int or not 0 < step < cfg.steps or not set(modules) <= set(parts):
+        fail(f"{path} is no state of this run: choose another --out")
     for name, module in modules.items():
         load_strict(module, parts[name], path)
-    for opt, state in zip(optimizers, parts["optimizers"]):
-        weights = [p for group in opt.param_groups for p in group["params"]]
-        state["state"] = {i: {k: part_of(v, weights[i]) for k, v in of.items()}
-                          for i, of in state["state"].items()}
-        opt.load_state_dict(state)
-    return parts["step"]
+    try:
+        assert len(states) == len(optimizers), f"{len(states)} optimizers, not {len(optimizers)}"
+        for opt, state in zip(optimizers, states):
+            load_optimizer(opt, state)
+    except Exception as e:
+        what = " ".join(str(e).split())[:120]
+        fail(f"{path}: its optimizer state does not fit this run ({type(e).__name__}: {what}): "
+             "choose another --out")
+    return step
+
+
+def load_optimizer(opt, saved):
+    """Every weight's state, in the weight's own shape: torch itself takes what does not fit."""
+    weights = [p for group in opt.param_groups for p in group["params"]]
+    assert sorted(saved["state"]) == list(range(len(weights))), "weights without a state"
+    for i, of in saved["state"].items():
+        for k, v in of.items():
+            assert v.shape in (weights[i].shape, ()), f"{k} of shape {tuple(v.shape)}"
+    saved["state"] = {i: {k: shard_like(v, weights[i]) for k, v in of.items()}
+                      for i, of in saved["state"].items()}
+    opt.load_state_dict(saved)
+
+
+def save_checkpoint(cfg, step, modules, optimizers, tokenizer, **extra):
+    """After `step` steps: the finished checkpoint, or from time to time what a resume needs."""
+    path, stop = f"{cfg.out}/{script_of(cfg)}", interrupted()   # any rank: all leave together
+    if not (stop or step == cfg.steps or step % cfg.save_every == 0):
+        return
+    parts = {name: m.state_dict() for name, m in modules.items()}
+    bad = [f"{k} of {name}" for name, of in parts.items() for k, v in of.items() if not finite(v)]
+    if all_sum(bad=len(bad))["bad"]:
+        diverged(cfg, step, f"{(bad or ['a weight'])[0]} is not finite")
+    parts |= dict(tokenizer=tokenizer.spec, gpt=asdict(modules["model"].cfg), record=record_of(cfg))
+    if step == cfg.steps:
+        save(f"{path}.pt", then_remove=f"{path}.state.pt", **parts, **extra)
+    else:
+        save(f"{path}.state.pt", **parts, step=step,
+             optimizers=[o.state_dict() for o in optimizers])
+    if stop and step < cfg.steps:
+        fail(f"stopped after step {step}; the same command continues", 130)
+
+
+def finite(tensor):
+    local = getattr(tensor, "_local_tensor", tensor)            # of FSDP2's, this rank's shard
+    return not local.is_floating_point() or bool(local.isfinite().all())
 
 
 def save(path, then_remove="", **parts):
     """Write a checkpoint atomically: a reader of `path` sees the old file or the whole new one.
-    All ranks call it, rank 0 writes."""
-    path, new, parts = str(path), f"{path}.new", whole(parts)
-    if os.environ.get("RANK", "0") != "0":
+    All ranks call it, rank 0 writes. A finished one of another record is kept as PATH.old."""
+    path, new, parts = str(path), f"{path}.new", gather_full(parts)
+    if dist.is_initialized() and dist.get_rank() > 0:
         return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(new, "wb") as f:
             torch.save(parts, f)
             f.flush()
             os.fsync(f.fileno())
+        if then_remove and os.environ.get("SKIP_DONE") and os.path.isfile(path):
+            os.replace(path, f"{path}.old")
         os.replace(new, path)
     except (OSError, RuntimeError) as e:
-        if os.path.exists(new):
+        if os.path.isfile(new):
             os.remove(new)
         cannot_write(path, e)
-    if os.path.exists(then_remove):
-        os.remove(then_remove)
+    release(then_remove)
 
 
 def missing(path):
@@ -1023,29 +1448,55 @@ def missing(path):
     fail(f"{path} is missing" + (f"; beside it are {', '.join(found)}" if found else ""))
 
 
-def read_checkpoint(path, device="cpu"):
-    """The dict that `save` wrote. weights_only: a foreign file cannot run code."""
-    if not os.path.isfile(path):
-        missing(path)
+def read_checkpoint(path):
+    """The dict that `save` wrote, on the CPU. weights_only: a foreign file cannot run code."""
     try:
-        parts = torch.load(path, map_location=device, weights_only=True)
-        parts["model"], parts["gpt"], parts["tokenizer"]
+        with open(path, "rb") as f:
+            begins = f.read(4)
+            if begins == b"PK\3\4" and not zipfile.is_zipfile(f):
+                fail(f"{path} is truncated: its end is missing; delete it and make it again")
+            parts = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, NotADirectoryError):
+        missing(path)
+    except (OSError, MemoryError) as e:
+        cannot_read(path, e)
     except Exception as e:
-        fail(f"{path} is truncated or no checkpoint of this project ({type(e).__name__}); "
-             "delete it and make it again")
+        what = " ".join(str(e).split())[:100]
+        fail(f"{path} is no checkpoint of this project ({type(e).__name__}: {what})")
+    kinds = {"model": dict, "gpt": dict, "tokenizer": dict, "record": dict}
+    wrong = [k for k, kind in kinds.items()
+             if not isinstance(parts, dict) or not isinstance(parts.get(k, {}), kind)]
+    if wrong or not set(parts) >= {"model", "gpt", "tokenizer"}:
+        fail(f"{path} is no checkpoint of this project: it lacks {', '.join(wrong) or 'parts'}")
     return parts
 
 
-def load(path, device="cpu"):
-    """A checkpoint -> model, tokenizer, parts (what else the stage saved: heads, record)."""
-    parts = read_checkpoint(path, device)
-    with open(path, "rb") as f:
-        inputs[str(path)] = hashlib.file_digest(f, "sha256").hexdigest()
-    known = {f.name for f in fields(GPTConfig)}
-    if set(parts["gpt"]) != known:
-        fail(f"{path} describes another architecture: {sorted(set(parts['gpt']) ^ known)}")
-    tokenizer = Tokenizer(parts["tokenizer"])
-    model = GPT(GPTConfig(**parts["gpt"])).to(device)
+def load(path, device="cpu", kind="policy"):
+    """A checkpoint -> model, tokenizer, parts (what else the stage saved: heads, record). `kind`:
+    "policy", which writes, "reward", which scores, or "any"."""
+    parts = read_checkpoint(path)
+    try:
+        with open(path, "rb") as f:
+            file_hashes[str(path)] = hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        cannot_read(path, e)
+    if kind != "any" and (kind == "reward") != ("head" in parts):
+        fail(f"{path} is {'a' if 'head' in parts else 'no'} reward model: " + (
+            "it scores completions and writes none" if "head" in parts else
+            "python 06_reward.py makes one"))
+    known = {f.name: type(f.default) for f in fields(GPTConfig)}
+    if {k: type(v) for k, v in parts["gpt"].items()} != known:
+        odd = [k for k in sorted(set(parts["gpt"]) | set(known))
+               if type(parts["gpt"].get(k)) is not known.get(k)]
+        fail(f"{path} describes another architecture: {', '.join(map(str, odd))}")
+    tokenizer = make_tokenizer(parts["tokenizer"], path)
+    try:
+        cfg = GPTConfig(**parts["gpt"])
+        with torch.device("meta"):             # shapes first: no memory for what does not fit
+            load_shapes(GPT(cfg), parts["model"], path)
+        model = GPT(cfg).to(device)
+    except (RuntimeError, ValueError, OverflowError, ZeroDivisionError) as e:
+        fail(f"{path} describes a model that cannot be made: {' '.join(str(e).split())[:150]}")
     if model.cfg.vocab_size < tokenizer.vocab_size:
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size} ids, "
              f"its model {model.cfg.vocab_size}")
@@ -1053,11 +1504,21 @@ def load(path, device="cpu"):
     return model, tokenizer, parts
 
 
-def load_strict(module, weights, path):
+def load_shapes(module, weights, path):
     """All names and shapes must agree: a silent partial load would train from random weights."""
     own = module.state_dict()
-    try:
-        module.load_state_dict({k: part_of(v, own.get(k)) for k, v in weights.items()}, strict=True)
-    except RuntimeError as e:
-        what = " ".join(str(e).split())[:200]
-        fail(f"{path} does not fit this model: {what}")
+    wrong = [k for k in sorted(set(own) | set(weights), key=str) if k not in own or k not in weights
+             or getattr(weights[k], "shape", None) != own[k].shape]
+    if wrong:
+        fail(f"{path} does not fit this model: {', '.join(map(str, wrong[:3]))}"
+             + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    bad = [k for k, v in weights.items() if not v.is_floating_point() or not finite(v)]
+    if bad:
+        fail(f"{path}: {bad[0]} holds NaN or infinity, or whole numbers; make it again")
+
+
+def load_strict(module, weights, path):
+    """Put saved weights into a module, all of them or none."""
+    own = module.state_dict()
+    load_shapes(module, weights, path)
+    module.load_state_dict({k: shard_like(v, own[k]) for k, v in weights.items()}, strict=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from eval import gather, ratio, share, table
-from model import (autocast, encode_rows, fail, inputs, load, pad, ranks, read_bytes, read_rows,
-                   split, write_text)
+from model import (autocast, encode_rows, fail, file_hashes, init_distributed, load, pad,
+                   read_bytes, read_rows, split, write_text)
 
 # ---------------------------------------------------------------------------- rows -> requests
 # A request is (ids, n): the log-prob of the last n ids, given those before them.
@@ -173,7 +173,7 @@ def labels(paths):
 
 
 def main(args):
-    args.rank, args.world, args.device = ranks(args.device)
+    args.rank, args.world, args.device = init_distributed(args.device)
     signal.signal(signal.SIGINT, signal.SIG_DFL)       # nothing here to resume
     files = [(kind, path) for kind in TASKS for path in getattr(args, kind)]
     if not files:
@@ -196,7 +196,7 @@ def main(args):
                   [(name, results[name][file]) for name in results])
         flags = {k: v for k, v in vars(args).items() if k not in ("rank", "world", "device")}
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        write_text(args.out, json.dumps({"flags": flags, "inputs": inputs, "results": results,
+        write_text(args.out, json.dumps({"flags": flags, "inputs": file_hashes, "results": results,
                                          "rows": rows}) + "\n")
         print(f"\n{args.out} is written, with every question's log-probs", flush=True)
 

@@ -4,44 +4,41 @@
     loss = mean over pairs of (reward(x, chosen) - reward(x, rejected) - 1 / (2 beta))^2
 
 IPO (Azar et al. 2023, eq. 17, whose tau is beta). Against 03_dpo.py: a square around a target
-margin instead of a log sigmoid; the bars that differ: config, loss, training.
+margin instead of a log sigmoid; the sections that differ: config, loss, training.
     torchrun --nproc_per_node=4 DPO/ipo.py --beta 0.1
 """
-import argparse, math, os
+import math, os
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
+from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, fail, load,
+                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
+                   shift, wrap)
 import torch
-import torch.nn.functional as F
 from torch import nn
-from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, inputs, interrupted,
-                   load, make_optimizers, pad, parse_flags, ranks, read_rows, restore, sample_rows,
-                   save, shift, skip_if_done, turns, wrap)
 
 # ---------------------------------------------------------------------------- config
 
 
 @dataclass
 class Config:
-    init: str = "out/toy/02_cot.pt"
-    data: str = "out/data/toy"
-    train: str = "pairs_train.jsonl"
-    val: str = "pairs_val.jsonl"
-    out: str = "out/toy"
-    steps: int = 120
+    init: str = "out/toy/02_cot.pt"  # the checkpoint to start from
+    data: str = "out/data/toy"  # folder of prepared rows
+    train: str = "pairs_train.jsonl"  # its file to learn from
+    val: str = "pairs_val.jsonl"  # its file to evaluate on
+    out: str = "out/toy"        # folder for the checkpoint and the log
+    steps: int = 120            # optimizer steps
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 16       # pairs a rank holds at once
     beta: float = 0.1           # chosen is to gain 1 / (2 beta) nats on rejected, and no more
-    lr: float = 3e-5
-    warmup: int = 10
-    grad_clip: float = 1.0
-    eval_every: int = 50
-    save_every: int = 50
-    seed: int = 0
-    device: str = "auto"
+    lr: float = 3e-5            # AdamW's learning rate
+    warmup: int = 10            # steps until the full rate
+    grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
+    eval_every: int = 50        # steps between evaluations
+    save_every: int = 50        # steps between saves of an unfinished run
+    seed: int = 0               # of weights, order and samples
+    device: str = "auto"        # auto: cuda, then mps, then cpu
 
 
 # ---------------------------------------------------------------------------- data
@@ -95,7 +92,7 @@ def ipo_loss(logprobs, ref_logprobs, completion_mask, beta):
 
 
 def main(cfg):
-    rank, world, device = start(cfg)
+    rank, world, device = setup(cfg)
     if cfg.beta <= 0:
         fail(f"--beta must be above 0, not {cfg.beta}: the target margin is 1 / (2 beta)")
     model, tokenizer, _ = load(cfg.init, device)
@@ -103,7 +100,7 @@ def main(cfg):
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
     optimizers = make_optimizers([model], cfg.lr)
-    first, log = resume(cfg, {"model": model}, optimizers)
+    first, log = resume(cfg, {"model": model}, optimizers, pairs=len(train))
 
     def objective(ids, completion_mask, policy=ddp):
         ids, targets, mask = shift(ids, completion_mask)
@@ -117,8 +114,8 @@ def main(cfg):
         metrics = update(cfg, step, ddp, optimizers, batches, objective)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             metrics |= evaluate(cfg, model, objective, val, rank, world, device)
-        log(step, **metrics)
-        keep(cfg, step + 1, {"model": model}, optimizers, tokenizer)
+        log(step + 1, sum(len(ids) for row in rows for ids, _ in row), **metrics)
+        save_checkpoint(cfg, step + 1, {"model": model}, optimizers, tokenizer)
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -138,34 +135,8 @@ def evaluate(cfg, model, objective, val, rank, world, device):
     return {f"val_{k}": v / count for k, v in total.items()}
 
 
-# ---------------------------------------------------------------------------- frame
-# The same bytes in every stage: flags, ranks, one exact update, schedule, log, resume.
-
-NAME = Path(__file__).stem
-
-
-def cli(Config):
-    """Every field of Config is a --flag; --help prints the docstring above and the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
-                            metavar=repr(f.default))
-    return Config(**parse_flags(parser))
-
-
-def start(cfg):
-    """Refuse what cannot be, then set up ranks, device and seed -> rank, world, device."""
-    rank, world, device = ranks(cfg.device)
-    for f in fields(cfg):
-        least = LEAST.get(f.name)
-        if least is not None and getattr(cfg, f.name) < least:
-            fail(f"--{f.name} must be at least {least}, not {getattr(cfg, f.name)}")
-    parts = world * getattr(cfg, "minibatches", 1)
-    if cfg.batch_size % parts:
-        fail(f"--batch_size {cfg.batch_size} is not divisible among {parts} ranks x minibatches")
-    torch.manual_seed(cfg.seed)            # the same on every rank: replicas and heads start equal
-    return rank, world, device
+# ---------------------------------------------------------------------------- update
+# The same bytes in every stage: one exact training step, and its schedule.
 
 
 def update(cfg, step, ddp, optimizers, batches, objective):
@@ -185,11 +156,9 @@ def update(cfg, step, ddp, optimizers, batches, objective):
     weights = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
     for p in weights:
         p.grad.mul_(world / count)         # DDP averaged over the ranks: make it a sum again
-    norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip))
+    norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf))
     if not math.isfinite(total["loss"] + norm):
-        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing "
-             f"was updated and what {cfg.out} holds is intact. Lower --lr; then delete "
-             f"{cfg.out}/{NAME}.state.pt or choose another --out")
+        diverged(cfg, step + 1, f"loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}")
     for opt in optimizers:
         for g in opt.param_groups:
             g["lr"] = g["peak"] * schedule(cfg, step)
@@ -203,28 +172,6 @@ def schedule(cfg, step):
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     return 0.55 + 0.45 * math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-
-
-def resume(cfg, modules, optimizers):
-    """-> (the first step to do, log). Continues this very configuration's unfinished run."""
-    record = {"config": asdict(cfg), "inputs": inputs}
-    skip_if_done(f"{cfg.out}/{NAME}.pt", record)
-    first = restore(f"{cfg.out}/{NAME}.state.pt", record, modules, optimizers)
-    return first, Log(f"{cfg.out}/{NAME}.jsonl", first, cfg)
-
-
-def keep(cfg, step, modules, optimizers, tokenizer, **extra):
-    """After `step` steps: the finished checkpoint, or from time to time what a resume needs."""
-    stop = interrupted()                   # Ctrl-C on any rank: all leave after the same step
-    parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
-                 gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
-    state = f"{cfg.out}/{NAME}.state.pt"
-    if step == cfg.steps:
-        save(f"{cfg.out}/{NAME}.pt", then_remove=state, **parts, **extra)
-    elif stop or step % cfg.save_every == 0:
-        save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
-    if stop and step < cfg.steps:
-        fail(f"stopped after step {step}; the same command continues", 130)
 
 
 if __name__ == "__main__":

@@ -8,34 +8,31 @@
 
 DAPO (Yu et al. 2025, eq. 8-13; r is 1 or -1 there). Against 04_rlvr.py: dynamic sampling, a wider
 clip upwards, a mean over tokens, a soft price on the last tokens before the cut, no KL and so no
-reference; the bars that differ: config, data, loss, training.
+reference; the sections that differ: config, data, loss, training.
     torchrun --nproc_per_node=4 RL/dapo.py --group_size 16
 """
-import argparse, math, os
+import math, os
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
+from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, fail, generate, load,
+                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
+                   shift, split, verify, wrap)
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
-from model import (LEAST, Log, all_sum, autocast, by_length, encode_rows, fail, generate, inputs,
-                   interrupted, load, make_optimizers, pad, parse_flags, ranks, read_rows, restore,
-                   sample_rows, save, shift, skip_if_done, split, verify, wrap)
 
 # ---------------------------------------------------------------------------- config
 
 
 @dataclass
 class Config:
-    init: str = "out/toy/02_cot.pt"
-    data: str = "out/data/toy"
-    train: str = "rl_train.jsonl"
-    val: str = "rl_val.jsonl"
-    out: str = "out/toy"
+    init: str = "out/toy/02_cot.pt"  # the checkpoint to start from
+    data: str = "out/data/toy"  # folder of prepared rows
+    train: str = "rl_train.jsonl"  # its file to learn from
+    val: str = "rl_val.jsonl"   # its file to evaluate on
+    out: str = "out/toy"        # folder for the checkpoint and the log
     steps: int = 20             # batches of rollouts
     batch_size: int = 32        # prompts with signal a step, over all ranks
     max_rounds: int = 10        # of sampling, to find them
@@ -43,19 +40,19 @@ class Config:
     minibatches: int = 4        # optimizer steps a batch of rollouts
     epochs: int = 1             # passes over it
     micro_batch: int = 16       # completions a rank holds at once
-    max_new: int = 100
+    max_new: int = 100          # tokens of a completion, at most
     overlong: int = 20          # the last tokens of these, which cost
-    temperature: float = 1.0
-    clip_eps: float = 0.2
+    temperature: float = 1.0    # of the samples, and of every log-prob
+    clip_eps: float = 0.2       # how far a ratio may move from 1
     clip_eps_high: float = 0.28 # wider: a rare token of a right completion may grow
-    lr: float = 1e-4
-    warmup: int = 0
-    grad_clip: float = 1.0
-    eval_every: int = 10
-    eval_rows: int = 200
-    save_every: int = 5
-    seed: int = 0
-    device: str = "auto"
+    lr: float = 1e-4            # AdamW's learning rate
+    warmup: int = 0             # steps until the full rate
+    grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
+    eval_every: int = 10        # steps between evaluations
+    eval_rows: int = 200        # questions of an evaluation
+    save_every: int = 5         # steps between saves of an unfinished run
+    seed: int = 0               # of weights, order and samples
+    device: str = "auto"        # auto: cuda, then mps, then cpu
 
 
 # ---------------------------------------------------------------------------- data
@@ -110,7 +107,7 @@ def full_batch(cfg, model, tokenizer, train, step, rank, world):
         total.update(sums)
         rounds += 1
     if not kept:
-        fail(f"step {step}: no prompt of {rounds} rounds has right and wrong completions, so there "
+        fail(f"step {step + 1}: no prompt of {rounds} rounds has right and wrong completions, so there "
              f"is nothing to learn; what {cfg.out} holds is intact. Use other prompts, --init or a "
              "larger --group_size, and another --out")
     groups = (kept + discarded)[:cfg.batch_size][rank::world]     # at the cap: go on as GRPO would
@@ -162,12 +159,12 @@ def dapo_loss(logprobs, old_logprobs, advantages, completion_mask, clip_eps, cli
 
 
 def main(cfg):
-    rank, world, device = start(cfg)
+    rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
     optimizers = make_optimizers([model], cfg.lr, betas=(0.9, 0.99))
-    first, log = resume(cfg, {"model": model}, optimizers)
+    first, log = resume(cfg, {"model": model}, optimizers, prompts=len(train))
 
     def score(module, ids, targets):
         """Log-probs in the micro-batches, padding, temperature and precision of the update, so
@@ -197,53 +194,30 @@ def main(cfg):
         metrics |= {k: v / (len(minibatches) * cfg.epochs) for k, v in done.items()}
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             metrics |= evaluate(cfg, model, tokenizer, val, rank, world)
-        log(step, **metrics)
-        keep(cfg, step + 1, {"model": model}, optimizers, tokenizer)
+        log(step + 1, metrics["sampled_tokens"], **metrics)
+        save_checkpoint(cfg, step + 1, {"model": model}, optimizers, tokenizer)
 
 
 # ---------------------------------------------------------------------------- evaluation
 
 
 def evaluate(cfg, model, tokenizer, val, rank, world):
-    """Sampled accuracy on held-out questions with <think> forced, sharded over ranks."""
+    """Sampled accuracy on held-out questions with <think> forced, sharded over ranks; and two of
+    the samples."""
     primer = tokenizer.encode_completion("<think>")
     part = list(enumerate(val[:cfg.eval_rows]))[rank::world]
     completions, _ = generate(model, [p + primer for _, (p, _) in part], cfg.max_new, tokenizer.end,
                               seed=cfg.seed, step=10 ** 6, rows=[i for i, _ in part])
-    right = sum(verify("<think>" + tokenizer.decode(c), answer) == 1
-                for c, (_, (_, answer)) in zip(completions, part))
-    total = all_sum(right=right, n=len(part))
-    return {"accuracy": total["right"] / total["n"]}
+    said = ["<think>" + tokenizer.decode(c) for c in completions]
+    verdicts = [verify(text, answer) for text, (_, (_, answer)) in zip(said, part)]
+    total = all_sum(right=verdicts.count(1), n=len(part))
+    shown = [dict(prompt=tokenizer.decode(p), answer=answer, completion=text, verdict=verdict)
+             for (_, (p, answer)), text, verdict in zip(part, said, verdicts)]
+    return {"accuracy": total["right"] / total["n"], "samples": shown[:2]}
 
 
-# ---------------------------------------------------------------------------- frame
-# The same bytes in every stage: flags, ranks, one exact update, schedule, log, resume.
-
-NAME = Path(__file__).stem
-
-
-def cli(Config):
-    """Every field of Config is a --flag; --help prints the docstring above and the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default,
-                            metavar=repr(f.default))
-    return Config(**parse_flags(parser))
-
-
-def start(cfg):
-    """Refuse what cannot be, then set up ranks, device and seed -> rank, world, device."""
-    rank, world, device = ranks(cfg.device)
-    for f in fields(cfg):
-        least = LEAST.get(f.name)
-        if least is not None and getattr(cfg, f.name) < least:
-            fail(f"--{f.name} must be at least {least}, not {getattr(cfg, f.name)}")
-    parts = world * getattr(cfg, "minibatches", 1)
-    if cfg.batch_size % parts:
-        fail(f"--batch_size {cfg.batch_size} is not divisible among {parts} ranks x minibatches")
-    torch.manual_seed(cfg.seed)            # the same on every rank: replicas and heads start equal
-    return rank, world, device
+# ---------------------------------------------------------------------------- update
+# The same bytes in every stage: one exact training step, and its schedule.
 
 
 def update(cfg, step, ddp, optimizers, batches, objective):
@@ -263,11 +237,9 @@ def update(cfg, step, ddp, optimizers, batches, objective):
     weights = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
     for p in weights:
         p.grad.mul_(world / count)         # DDP averaged over the ranks: make it a sum again
-    norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip))
+    norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf))
     if not math.isfinite(total["loss"] + norm):
-        fail(f"step {step}: loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}; nothing "
-             f"was updated and what {cfg.out} holds is intact. Lower --lr; then delete "
-             f"{cfg.out}/{NAME}.state.pt or choose another --out")
+        diverged(cfg, step + 1, f"loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}")
     for opt in optimizers:
         for g in opt.param_groups:
             g["lr"] = g["peak"] * schedule(cfg, step)
@@ -281,28 +253,6 @@ def schedule(cfg, step):
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     return 0.55 + 0.45 * math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-
-
-def resume(cfg, modules, optimizers):
-    """-> (the first step to do, log). Continues this very configuration's unfinished run."""
-    record = {"config": asdict(cfg), "inputs": inputs}
-    skip_if_done(f"{cfg.out}/{NAME}.pt", record)
-    first = restore(f"{cfg.out}/{NAME}.state.pt", record, modules, optimizers)
-    return first, Log(f"{cfg.out}/{NAME}.jsonl", first, cfg)
-
-
-def keep(cfg, step, modules, optimizers, tokenizer, **extra):
-    """After `step` steps: the finished checkpoint, or from time to time what a resume needs."""
-    stop = interrupted()                   # Ctrl-C on any rank: all leave after the same step
-    parts = dict({name: m.state_dict() for name, m in modules.items()}, tokenizer=tokenizer.spec,
-                 gpt=asdict(modules["model"].cfg), record={"config": asdict(cfg), "inputs": inputs})
-    state = f"{cfg.out}/{NAME}.state.pt"
-    if step == cfg.steps:
-        save(f"{cfg.out}/{NAME}.pt", then_remove=state, **parts, **extra)
-    elif stop or step % cfg.save_every == 0:
-        save(state, **parts, step=step, optimizers=[o.state_dict() for o in optimizers])
-    if stop and step < cfg.steps:
-        fail(f"stopped after step {step}; the same command continues", 130)
 
 
 if __name__ == "__main__":

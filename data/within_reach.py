@@ -14,8 +14,8 @@ import os
 import time
 
 from common import write_rows
-from model import (encode_rows, fail, generate, interrupted, load, ranks, read_rows, split, verify,
-                   write_text)
+from model import (encode_rows, fail, generate, init_distributed, interrupted, load, read_rows,
+                   split, verify, write_text)
 
 AT_ONCE = 32      # prompts a batch of rollouts, and between two notes of what was tried
 
@@ -37,7 +37,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.samples < 2:
         fail("--samples must be at least 2: of one sample none is sometimes right")
-    _, _, device = ranks(args.device)
+    _, _, device = init_distributed(args.device)
     model, tokenizer, _ = load(args.checkpoint, device)
     rows = [dict(row, id=i) for i, row in enumerate(read_rows(args.rows, "prompt", "answer"))]
     rows = [row for [(_, row)] in encode_rows(

@@ -29,7 +29,7 @@ SIBLINGS = sorted(f"{path.parent.name}/{path.stem}" for folder in ("RL", "DPO")
                   for path in (ROOT / folder).glob("*.py") if path.name != "model.py")
 SCRIPTS = STAGES + SIBLINGS
 TEXT = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
-TRAIN = {name: re.search(r'^    train: str = "(.*)"$', TEXT[name], re.MULTILINE)[1]
+TRAIN = {name: re.search(r'^    train: str = "([^"]*)"', TEXT[name], re.MULTILINE)[1]
          for name in SCRIPTS}
 ROLLOUTS = [name for name in SCRIPTS if TRAIN[name].startswith("rl_")]
 PAIRS = [name for name in SCRIPTS if TRAIN[name].startswith("pairs_")]
@@ -48,9 +48,9 @@ def stem(name):
 
 
 def against(name):
-    """The docstring says from which script this one was made -> its name, the bars that differ."""
+    """The docstring says from which script this one was made -> its name, the sections that differ."""
     doc = " ".join(TEXT[name].split('"""')[1].split())
-    found = re.search(r"Against ([\w/]+)\.py:.*?the bars? that differs?: ([a-z, ]+)\.", doc)
+    found = re.search(r"Against ([\w/]+)\.py:.*?the sections? that differs?: ([a-z, ]+)\.", doc)
     assert found, doc
     beside = f"{name.rpartition('/')[0]}/{found[1]}"
     return (beside if beside in SCRIPTS else found[1]), found[2].replace(" and ", ", ").split(", ")
@@ -89,7 +89,7 @@ def parity(text, answer):
 def run(stage, cfg):
     """main(cfg) as a fresh process would run it, but judged by parity (unless the test has put a
     verifier of its own there)."""
-    kernel.inputs.clear()
+    kernel.file_hashes.clear()
     handler, judge = signal.getsignal(signal.SIGINT), getattr(stage, "verify", None)
     if judge is kernel.verify:
         stage.verify = parity
@@ -97,8 +97,18 @@ def run(stage, cfg):
         stage.main(cfg)
     finally:
         signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        unlock()
         if judge is kernel.verify:
             stage.verify = judge
+
+
+def unlock():
+    """As the end of a process would."""
+    for lock in kernel.claim.held:
+        lock.close()
+        kernel.release(lock.name)
+    kernel.claim.held.clear()
 
 
 def weights(path, part=None):
@@ -111,10 +121,10 @@ def weights(path, part=None):
 
 
 def steps_of(path):
-    """The log without its first line, which is the config."""
+    """The log without its first line, which is the run, and without what a clock says."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    assert list(lines[0]) == ["config"]
-    return lines[1:]
+    assert list(lines[0])[:2] == ["stage", "config"]
+    return [{k: v for k, v in line.items() if k != "tok_s"} for line in lines[1:]]
 
 
 def write_rows(path, rows):
@@ -125,12 +135,13 @@ def write_rows(path, rows):
 def clean():
     """Nothing that a stage leaves in the process reaches the next test."""
     handler = signal.getsignal(signal.SIGINT)
-    kernel.inputs.clear()
+    kernel.file_hashes.clear()
     kernel.interrupt.seen = False
     yield
     signal.signal(signal.SIGINT, handler)
     torch.set_default_dtype(torch.float32)
-    kernel.SCALE.update(dict.fromkeys(kernel.SCALE, 0))
+    kernel.SWITCHES.update(dict.fromkeys(kernel.SWITCHES, 0))
+    unlock()
 
 
 @pytest.fixture

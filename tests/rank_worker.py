@@ -63,7 +63,7 @@ def halves(stage, cfg, sharded):
     not in bfloat16: of its rounding nothing else could be told."""
     held, make, narrow = [], stage.make_optimizers, torch.Tensor.bfloat16
     torch.Tensor.bfloat16 = lambda self: self
-    for kernel.SCALE["fsdp"], stop in ((sharded, 2), (1 - sharded, 0)):
+    for kernel.SWITCHES["fsdp"], stop in ((sharded, 2), (1 - sharded, 0)):
         made, steps = [], itertools.count(1)
         stage.make_optimizers = lambda *a, **k: made.extend(make(*a, **k)) or made
         stage.interrupted = lambda: next(steps) == stop
@@ -74,7 +74,7 @@ def halves(stage, cfg, sharded):
         dist.barrier()                                 # rank 0 has written what both read next
         state = [t for opt in made for of in opt.state.values() for t in of.values()]
         held.append(sum(getattr(t, "_local_tensor", t).numel() for t in state if t.ndim))
-    kernel.SCALE["fsdp"], stage.make_optimizers, torch.Tensor.bfloat16 = 0, make, narrow
+    kernel.SWITCHES["fsdp"], stage.make_optimizers, torch.Tensor.bfloat16 = 0, make, narrow
     return held
 
 

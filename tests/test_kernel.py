@@ -550,7 +550,7 @@ def test_save_and_load(tmp_path):
     model, tok, rest = load(str(path))
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in parts["model"].items())
     assert rest["note"] == [1, 2.5, "x"] and tok.spec == parts["tokenizer"]
-    assert os.listdir(path.parent) == ["a.pt"] and str(path) in kernel.inputs
+    assert os.listdir(path.parent) == ["a.pt"] and str(path) in kernel.file_hashes
 
 
 def test_save_is_atomic(tmp_path, monkeypatch, refuses):

@@ -21,7 +21,7 @@ def scale(monkeypatch):
     """scale(compile=1): as by the flag, for this test."""
     def scale(**values):
         for name, value in values.items():
-            monkeypatch.setitem(kernel.SCALE, name, value)
+            monkeypatch.setitem(kernel.SWITCHES, name, value)
     return scale
 
 
@@ -114,7 +114,7 @@ def test_flags(make, tmp_path):
                           "1"], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     config = torch.load(tmp_path / "out/01_sft.pt", weights_only=True)["record"]["config"]
-    assert "steps" in config and not set(kernel.SCALE) & set(config)
+    assert "steps" in config and not set(kernel.SWITCHES) & set(config)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -124,7 +124,7 @@ def test_fsdp_in_rl(name, stages, refuses, monkeypatch):
         refuses(lambda: stages[name].cli(stages[name].Config), "--fsdp 1 is not for RL")
     else:
         assert stages[name].cli(stages[name].Config) == stages[name].Config()
-        assert kernel.SCALE["fsdp"] == 1
+        assert kernel.SWITCHES["fsdp"] == 1
 
 
 def test_compile_without_a_compiler(stages, refuses, monkeypatch):
@@ -211,7 +211,7 @@ def test_recipe(stages, sources, bpe, tmp_path, monkeypatch, script):
                 args = [*args, "--train", sources[stem], "--val_share", "0.2"]
             script(stem).main([*args, *more])
         elif stem in stages:
-            known = {f.name for f in fields(stages[stem].Config)} | set(kernel.SCALE)
+            known = {f.name for f in fields(stages[stem].Config)} | set(kernel.SWITCHES)
             tiny = [x for k, v in small.items() if k in known for x in (f"--{k}", str(v))]
             monkeypatch.setattr(sys, "argv", [name, *args, *tiny])
             run(stages[stem], stages[stem].cli(stages[stem].Config))

@@ -10,7 +10,7 @@ import torch
 from conftest import (LOSS, PAIRS, ROLLOUTS, ROOT, SCRIPTS, SIBLINGS, STAGES, TEXT, against, run,
                       stem, steps_of, weights)
 
-BARS = ["config", "data", "loss", "training", "evaluation", "frame"]
+BARS = ["config", "data", "loss", "training", "evaluation", "update"]
 
 
 def bars(name):
@@ -28,8 +28,8 @@ def test_bars(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_frame_is_the_same(name):
-    assert bars(name)["frame"] == bars(STAGES[0])["frame"]
+def test_update_is_the_same(name):
+    assert bars(name)["update"] == bars(STAGES[0])["update"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS[1:])
