@@ -3,8 +3,8 @@
     loss = - sum_t mask_t log p(ids_t | ids_<t) / sum_t mask_t
     mask_t = 1 on the assistant's tokens and their <|end|>: now <think>, the trace, and the answer
 
-Against 01_sft.py: the demonstrations show their work, and the start is 01's model; the sections that
-differ: config.
+The code is 01's: only the data and the start change. Against 01_sft.py: the demonstrations show
+their work, and the start is 01's model; the sections that differ: config.
     torchrun --nproc_per_node=4 02_cot.py --lr 1e-3
 """
 import math, os

@@ -31,7 +31,7 @@ class Config:
     steps: int = 120            # optimizer steps
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 16       # pairs a rank holds at once
-    beta: float = 0.5           # how dear it is to leave the reference
+    beta: float = 0.5           # strength of the KL constraint: larger stays closer
     lr: float = 3e-5            # AdamW's learning rate
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off

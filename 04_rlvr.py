@@ -108,7 +108,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     metrics. The min holds for both signs of A: it never rewards leaving the clip range.
 
     The value of k3 estimates KL(p || ref); as a loss its gradient on p's own samples is, token by
-    token, that of KL(ref || p) (k1 would have none in expectation). GRPO's form; a small anchor.
+    token, that of KL(ref || p) (k1 would have none in expectation). It is the form that GRPO uses;
+    at beta 0.02 a weak anchor.
     """
     A, length = advantages[:, None], completion_mask.sum(1)
     ratio = (logprobs - old_logprobs).exp()

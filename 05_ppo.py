@@ -16,7 +16,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from model import (all_sum, at_least_fp32, autocast, by_length, cli, diverged, encode_rows, fail,
+from model import (all_sum, at_least_fp32, autocast, by_length, cli, diverged, encode_rows,
                    generate, load, load_strict, make_optimizers, pad, read_rows, resume,
                    sample_rows, save_checkpoint, setup, shift, split, verify, wrap)
 import torch
@@ -42,7 +42,7 @@ class Config:
     max_new: int = 100          # tokens of a completion, at most
     temperature: float = 1.0    # of the samples, and of every log-prob
     clip_eps: float = 0.2       # how far a ratio may move from 1
-    beta: float = 0.1           # price of a nat away from the start, in std of the score
+    beta: float = 0.1           # KL coefficient, in std of the score a nat
     gamma: float = 1.0          # discount of later rewards
     lam: float = 0.95           # GAE: 1 trusts rewards, 0 values
     vf_coef: float = 0.1        # weight of the value loss
@@ -178,9 +178,7 @@ def main(cfg):
     rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
     ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
-    reward_model, reads, parts = load(cfg.reward, device, "reward")
-    if reads.spec != tokenizer.spec:
-        fail(f"{cfg.reward} reads another tokenizer than {cfg.init}: make it from that one")
+    reward_model, _, parts = load(cfg.reward, device, "reward", tokenizer)
     reward_model = RewardModel(reward_model, parts["head"]).to(device).requires_grad_(False)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     actor = ActorCritic(model).to(device)
@@ -207,8 +205,7 @@ def main(cfg):
         last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
         rewards = -cfg.beta * kl + F.one_hot(last, mask.shape[1]) * rewards[:, None]
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        done.update(kl=float(kl.sum()), tokens=int(mask.sum()))
-        return ids, targets, old_logprobs, old_values, advantages, returns, mask
+        return ids, targets, old_logprobs, old_values, advantages, returns, mask, kl
 
     def objective(ids, targets, *rest):
         return ppo_loss(*ddp(ids, targets, cfg.temperature), *rest, cfg.clip_eps, cfg.vf_coef)
@@ -217,12 +214,13 @@ def main(cfg):
         prompts = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
         rollouts, rewards, metrics = rollout(
             cfg, model, scorer, tokenizer, prompts[rank::world], step, rank, world)
-        rows, done = [(*r, reward) for r, reward in zip(rollouts, rewards)], Counter()
+        rows = [(*r, reward) for r, reward in zip(rollouts, rewards)]
         minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
-        white = whiten([b for m in minibatches for b in m])
-        kl = all_sum(**done)
-        metrics, done = metrics | {"kl": kl["kl"] / kl["tokens"]}, Counter()
+        batches, done = [b for m in minibatches for b in m], Counter()
+        kl = all_sum(kl=sum(float(b[-1].sum()) for b in batches))["kl"]
+        metrics["kl"] = kl / metrics["sampled_tokens"]
+        white = whiten([b[:-1] for b in batches])
         for minibatch in split(white, len(minibatches[0])) * cfg.epochs:
             done.update(update(cfg, step, ddp, optimizers, minibatch, objective))
         metrics |= {k: v / (len(minibatches) * cfg.epochs) for k, v in done.items()}

@@ -939,8 +939,9 @@ RANGES = {
     "max_new": "[1, 1e6]", "max_rounds": "[1, 1000]", "overlong": "[0, 1e6]",
     "temperature": "[0.001, 100]", "clip_eps": "(0, 1]", "clip_eps_high": "(0, 100]",
     "beta": "[0, 100]", "03_dpo.beta": "(0, 100]", "ipo.beta": "(0, 100]",
-    "kto.beta": "(0, 100]", "simpo.beta": "(0, 100]", "gamma": "[0, 1]", "simpo.gamma": "[0, 100]",
-    "lam": "[0, 1]", "orpo.lam": "(0, 100]", "lam_d": "(0, 100]", "lam_u": "(0, 100]",
+    "kto.beta": "(0, 100]", "kto.batch_size": "[2, 1e6]", "simpo.beta": "(0, 100]",
+    "gamma": "[0, 1]", "simpo.gamma": "[0, 100]", "lam": "[0, 1]",
+    "orpo.lam": "(0, 100]", "lam_d": "(0, 100]", "lam_u": "(0, 100]",
     "vf_coef": "[0, 100]"}
 
 
@@ -1196,7 +1197,7 @@ def shard_like(full, mine):
 # ---------------------------------------------------------------------------- log
 
 
-def clipped(text):
+def to_width(text):
     """A line within the terminal's width."""
     width = shutil.get_terminal_size((100, 24)).columns
     return text if len(text) <= width else text[: width - 1] + "…"
@@ -1218,7 +1219,7 @@ class Progress:
         spent = (time.monotonic() - self.begun) / max(done - self.first, 1e-9)
         left = int(spent * max(self.total - done, 0))
         clock = f"{left // 3600}:{left // 60 % 60:02}" if left >= 3600 else f"{left // 60}"
-        say(clipped(f"{self.name:>12} {done:>{len(str(self.total))}}/{self.total}  "
+        say(to_width(f"{self.name:>12} {done:>{len(str(self.total))}}/{self.total}  "
                     f"{clock}:{left % 60:02} left  {text}"))
 
 
@@ -1244,7 +1245,7 @@ class Log:
         begin(f"{self.path}.jsonl", first, [head])
         begin(f"{self.path}.samples.jsonl", first, [])
         sizes = [f"{v:,} {k}" for k, v in header.items() if isinstance(v, int)]
-        say(clipped(f"{self.name}: {', '.join(sizes)}, {cfg.steps} steps on {header['device']}"
+        say(to_width(f"{self.name}: {', '.join(sizes)}, {cfg.steps} steps on {header['device']}"
                     + (f"; resumed after step {first}" if first else "")))
 
     def __call__(self, step, tokens, samples=(), **metrics):
@@ -1265,7 +1266,7 @@ class Log:
         for row in samples:
             said = row["completion"].replace("\n", " / ")
             verdict = {1: "right", 0: "wrong"}.get(row["verdict"], "no answer")
-            say(clipped(f"{'sample':>12} {verdict}: {said}"))
+            say(to_width(f"{'sample':>12} {verdict}: {said}"))
 
 
 def begin(path, first, head):
@@ -1471,9 +1472,10 @@ def read_checkpoint(path):
     return parts
 
 
-def load(path, device="cpu", kind="policy"):
+def load(path, device="cpu", kind="policy", beside=None):
     """A checkpoint -> model, tokenizer, parts (what else the stage saved: heads, record). `kind`:
-    "policy", which writes, "reward", which scores, or "any"."""
+    "policy", which writes, "reward", which scores, or "any". `beside`: the tokenizer of another
+    model that reads the same ids."""
     parts = read_checkpoint(path)
     try:
         with open(path, "rb") as f:
@@ -1497,6 +1499,8 @@ def load(path, device="cpu", kind="policy"):
         model = GPT(cfg).to(device)
     except (RuntimeError, ValueError, OverflowError, ZeroDivisionError) as e:
         fail(f"{path} describes a model that cannot be made: {' '.join(str(e).split())[:150]}")
+    if beside is not None and beside.spec != tokenizer.spec:
+        fail(f"{path} has another tokenizer than --init: make it from that checkpoint")
     if model.cfg.vocab_size < tokenizer.vocab_size:
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size} ids, "
              f"its model {model.cfg.vocab_size}")

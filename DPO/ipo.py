@@ -12,9 +12,8 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, fail, load,
-                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
-                   shift, wrap)
+from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, load, make_optimizers,
+                   pad, read_rows, resume, sample_rows, save_checkpoint, setup, shift, wrap)
 import torch
 from torch import nn
 
@@ -93,8 +92,6 @@ def ipo_loss(logprobs, ref_logprobs, completion_mask, beta):
 
 def main(cfg):
     rank, world, device = setup(cfg)
-    if cfg.beta <= 0:
-        fail(f"--beta must be above 0, not {cfg.beta}: the target margin is 1 / (2 beta)")
     model, tokenizer, _ = load(cfg.init, device)
     ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))

@@ -14,10 +14,10 @@ import math, os
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
-from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, fail, load,
-                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
-                   shift, split, wrap)
+from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, load, make_optimizers,
+                   pad, read_rows, resume, sample_rows, save_checkpoint, setup, shift, split, wrap)
 import torch
 from torch import nn
 
@@ -93,7 +93,7 @@ def mismatch(rows, block_size):
 def kto_loss(logprobs, ref_logprobs, completion_mask, kl, beta, lam_d, lam_u):
     """(2B, T-1) thrice -> sum over pairs of the mean of their two rows, their number, metrics. At
     the first step every sigmoid is 1/2. Margins and accuracy are for the reader: no row sees the
-    other. The gradient fades on both sides of kl: a hopeless row is given up, as a settled one."""
+    other. The gradient vanishes for rows already settled and for hopeless ones."""
     sums = (logprobs * completion_mask).sum(1)
     rewards = sums - (ref_logprobs * completion_mask).sum(1)
     chosen, rejected = rewards.chunk(2)
@@ -108,8 +108,8 @@ def kto_loss(logprobs, ref_logprobs, completion_mask, kl, beta, lam_d, lam_u):
 
 @torch.no_grad()
 def baseline(cfg, model, ref, rows, rank, world, device):
-    """kl, over the rows of all ranks: how far the policy has moved where nobody pushed it. (Matched
-    rows were pushed, chosen and rejected apart: their mean would say nothing of that.)"""
+    """kl, over the rows of all ranks: how far the policy has moved on unrelated completions.
+    (Matched rows were pushed, chosen and rejected apart: their mean says nothing of that.)"""
     gap = 0.0
     for b in split(mismatch(rows, model.cfg.block_size), cfg.micro_batch, rank, world):
         ids, targets, mask = shift(*collate(b, device))
@@ -123,8 +123,6 @@ def baseline(cfg, model, ref, rows, rank, world, device):
 
 def main(cfg):
     rank, world, device = setup(cfg)
-    if cfg.batch_size < 2:
-        fail("--batch_size must be at least 2, not 1: kl needs another row's completion")
     model, tokenizer, _ = load(cfg.init, device)
     ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
@@ -132,7 +130,7 @@ def main(cfg):
     optimizers = make_optimizers([model], cfg.lr)
     first, log = resume(cfg, {"model": model}, optimizers, pairs=len(train))
 
-    def objective(ids, completion_mask, policy=ddp):
+    def objective(kl, ids, completion_mask, policy=ddp):
         ids, targets, mask = shift(ids, completion_mask)
         with torch.no_grad():
             ref_logprobs = ref(ids, targets)
@@ -143,10 +141,10 @@ def main(cfg):
         rows = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
         kl = baseline(cfg, model, ref, rows, rank, world, device)   # one for all micro-batches
         batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
-        metrics = {"kl": kl} | update(cfg, step, ddp, optimizers, batches, objective)
+        metrics = update(cfg, step, ddp, optimizers, batches, partial(objective, kl)) | {"kl": kl}
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             kl = baseline(cfg, model, ref, val, rank, world, device)
-            metrics |= evaluate(cfg, model, objective, val, rank, world, device)
+            metrics |= evaluate(cfg, model, partial(objective, kl), val, rank, world, device)
         log(step + 1, sum(len(ids) for row in rows for ids, _ in row), **metrics)
         save_checkpoint(cfg, step + 1, {"model": model}, optimizers, tokenizer)
 

@@ -1,4 +1,4 @@
-"""orpo.py: imitating chosen lifts rejected too; an odds ratio beside it makes one stage of both.
+"""orpo.py: SFT on the chosen also raises the rejected; an odds-ratio term pushes it down.
 
     log p = log p(y | x) / |y|                                    the mean over y's tokens
     reward(x, y) = log(p / (1 - p))                               implicit: the log odds of y
@@ -7,7 +7,8 @@
 
 ORPO (Hong et al. 2024, eq. 6-7). The paper starts from the pretrained model, without SFT; --init
 may name 00's or 01's too, but on the toy 120 steps are too few for that. Against 03_dpo.py: no
-reference, the odds of means, imitation beside them; the sections that differ: config, loss, training.
+reference, the odds of means, imitation beside them; the sections that differ: config, loss,
+training.
     torchrun --nproc_per_node=4 DPO/orpo.py --lam 0.5
 """
 import math, os

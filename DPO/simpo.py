@@ -1,4 +1,4 @@
-"""simpo.py: what is generated follows p alone; a reward of p alone, per token, needs no reference.
+"""simpo.py: generation ranks by average log p, so use that as the reward: no reference.
 
     reward(x, y) = beta / |y| * log p(y | x)                      implicit, the mean over y's tokens
     loss = - mean over pairs of log sigmoid(reward(x, chosen) - reward(x, rejected) - gamma)

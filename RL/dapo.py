@@ -107,9 +107,9 @@ def full_batch(cfg, model, tokenizer, train, step, rank, world):
         total.update(sums)
         rounds += 1
     if not kept:
-        fail(f"step {step + 1}: no prompt of {rounds} rounds has right and wrong completions, so there "
-             f"is nothing to learn; what {cfg.out} holds is intact. Use other prompts, --init or a "
-             "larger --group_size, and another --out")
+        fail(f"step {step + 1}: no prompt of {rounds} rounds has right and wrong completions, so "
+             f"there is nothing to learn; what {cfg.out} holds is intact. Use other prompts, "
+             "--init or a larger --group_size, and another --out")
     groups = (kept + discarded)[:cfg.batch_size][rank::world]     # at the cap: go on as GRPO would
     rollouts = [row for group, _ in groups for row in group]
     rewards = torch.tensor([scores for _, scores in groups])
@@ -159,6 +159,9 @@ def dapo_loss(logprobs, old_logprobs, advantages, completion_mask, clip_eps, cli
 
 
 def main(cfg):
+    if cfg.overlong >= cfg.max_new:
+        fail(f"--overlong {cfg.overlong} must be below --max_new {cfg.max_new}: else every "
+             "completion is punished")
     rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))

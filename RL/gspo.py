@@ -109,7 +109,8 @@ def gspo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     for both signs of A. At ratio 1 the gradient is GRPO's: A / length on each token.
 
     The value of k3 estimates KL(p || ref); as a loss its gradient on p's own samples is, token by
-    token, that of KL(ref || p) (k1 would have none in expectation). GRPO's form; a small anchor.
+    token, that of KL(ref || p) (k1 would have none in expectation). It is the form that GRPO uses;
+    at beta 0.02 a weak anchor.
     """
     A, length = advantages, completion_mask.sum(1)
     ratio = (((logprobs - old_logprobs) * completion_mask).sum(1) / length).exp()

@@ -40,7 +40,7 @@ class Config:
     max_new: int = 100          # tokens of a completion, at most
     temperature: float = 1.0    # of the samples, and of every log-prob
     clip_eps: float = 0.2       # how far a ratio may move from 1
-    beta: float = 0.05          # price of a nat away from the start; a right answer pays 1
+    beta: float = 0.05          # KL coefficient, in right answers a nat
     gamma: float = 1.0          # discount of later rewards
     lam: float = 0.95           # GAE: 1 trusts rewards, 0 values
     vf_coef: float = 0.1        # weight of the value loss
@@ -178,8 +178,7 @@ def main(cfg):
         last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
         rewards = -cfg.beta * kl + F.one_hot(last, mask.shape[1]) * rewards[:, None]
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        done.update(kl=float(kl.sum()), tokens=int(mask.sum()))
-        return ids, targets, old_logprobs, old_values, advantages, returns, mask
+        return ids, targets, old_logprobs, old_values, advantages, returns, mask, kl
 
     def objective(ids, targets, *rest):
         return ppo_loss(*ddp(ids, targets, cfg.temperature), *rest, cfg.clip_eps, cfg.vf_coef)
@@ -188,12 +187,13 @@ def main(cfg):
         prompts = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
         rollouts, rewards, metrics = rollout(
             cfg, model, tokenizer, prompts[rank::world], step, rank, world)
-        rows, done = [(*r, reward) for r, reward in zip(rollouts, rewards)], Counter()
+        rows = [(*r, reward) for r, reward in zip(rollouts, rewards)]
         minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
-        white = whiten([b for m in minibatches for b in m])
-        kl = all_sum(**done)
-        metrics, done = metrics | {"kl": kl["kl"] / kl["tokens"]}, Counter()
+        batches, done = [b for m in minibatches for b in m], Counter()
+        kl = all_sum(kl=sum(float(b[-1].sum()) for b in batches))["kl"]
+        metrics["kl"] = kl / metrics["sampled_tokens"]
+        white = whiten([b[:-1] for b in batches])
         for minibatch in split(white, len(minibatches[0])) * cfg.epochs:
             done.update(update(cfg, step, ddp, optimizers, minibatch, objective))
         metrics |= {k: v / (len(minibatches) * cfg.epochs) for k, v in done.items()}

@@ -7,8 +7,8 @@
 
 REINFORCE (Williams 1992). Against 04_rlvr.py: no std, no mean over tokens, no ratio, and so no clip
 (and no clip_frac in the log) and one epoch only. Minibatches 2 to 4 are slightly stale: sampled by
-weights one to three updates old, and nothing corrects for it; the sections that differ: config, loss,
-training.
+weights one to three updates old, and nothing corrects for it; the sections that differ: config,
+loss, training.
     torchrun --nproc_per_node=4 RL/reinforce.py --group_size 16
 """
 import math, os
@@ -104,7 +104,8 @@ def reinforce_loss(logprobs, ref_logprobs, advantages, completion_mask, beta):
     metrics. The log-prob of a completion is a sum: a mean would make long ones matter less.
 
     The value of k3 estimates KL(p || ref); as a loss its gradient on p's own samples is, token by
-    token, that of KL(ref || p) (k1 would have none in expectation). GRPO's form; a small anchor.
+    token, that of KL(ref || p) (k1 would have none in expectation). It is the form that GRPO uses;
+    at beta 0.02 a weak anchor.
     """
     A, length = advantages[:, None], completion_mask.sum(1)
     d = ref_logprobs - logprobs

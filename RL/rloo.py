@@ -41,7 +41,7 @@ class Config:
     max_new: int = 100          # tokens of a completion, at most
     temperature: float = 1.0    # of the samples, and of every log-prob
     clip_eps: float = 0.2       # how far a ratio may move from 1
-    beta: float = 0.02          # price of a nat away from the start; a right answer pays 1
+    beta: float = 0.02          # KL coefficient, in right answers a nat
     lr: float = 1e-4            # AdamW's learning rate
     warmup: int = 0             # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
