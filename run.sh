@@ -11,7 +11,8 @@ usage() { echo "error: $1; usage: ./run.sh [124m|406m] [--seed N] [--dry_run]" >
 seed=0 recipe=toy dry=0
 while [ $# -gt 0 ]; do
   case "$1" in
-    --seed) [[ "${2:-}" =~ ^[0-9]+$ ]] || usage "--seed wants a whole number"; seed=$2; shift 2 ;;
+    --seed) [[ "${2:-}" =~ ^(0|[1-9][0-9]{0,8})$ ]] || usage "--seed wants a whole number below 10^9"
+      seed=$2; shift 2 ;;
     124m|406m) recipe=$1; shift ;;
     --dry_run) dry=1; shift ;;
     -h|--help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
@@ -27,10 +28,20 @@ export SKIP_DONE=1               # a stage leaves at once if its checkpoint has 
 export GOMP_SPINCOUNT=3000       # threads that wait give a shared core away sooner: a twentieth
                                  # slower alone, 1.6 times as fast beside a program on one of two cores
 
+# A child runs in the background, so that who ends this script ends it, too: it saves and leaves.
+child=0
+run() {
+  if [ $dry = 1 ]; then echo "$@"; return; fi
+  "$@" & child=$!
+  wait $child
+}
+leave() { [ $child = 0 ] || { kill -TERM $child 2>/dev/null; wait $child; } || true; exit $1; }
+trap 'leave 130' INT
+trap 'leave 143' TERM HUP
+
 # ---------------------------------------------------------------------------- on GPUs
 # Rows a step are divided among 1, 2, 3, 4, 6, 8, 12 or 24 GPUs; --micro_batch bounds the memory.
 
-run() { if [ $dry = 1 ]; then echo "$@"; else "$@"; fi; }
 stage() {
   run .venv/bin/torchrun --standalone --nproc_per_node=$gpus $1.py --out $out --seed $seed "${@:2}"
 }
@@ -79,14 +90,14 @@ fi
 # ---------------------------------------------------------------------------- on a CPU
 
 started=$(date +%s)
-$py data/toy.py
+run $py data/toy.py
 at="--out $out --seed $seed"
-$py 00_pretrain.py $at
-$py 01_sft.py $at --init $out/00_pretrain.pt
-$py 02_cot.py $at --init $out/01_sft.pt
-$py 06_reward.py $at --init $out/02_cot.pt
-$py 03_dpo.py $at --init $out/02_cot.pt
-$py 04_rlvr.py $at --init $out/02_cot.pt
-$py 05_ppo.py $at --init $out/02_cot.pt --reward $out/06_reward.pt
-$py eval.py --out $out --seed $seed
+run $py 00_pretrain.py $at
+run $py 01_sft.py $at --init $out/00_pretrain.pt
+run $py 02_cot.py $at --init $out/01_sft.pt
+run $py 06_reward.py $at --init $out/02_cot.pt
+run $py 03_dpo.py $at --init $out/02_cot.pt
+run $py 04_rlvr.py $at --init $out/02_cot.pt
+run $py 05_ppo.py $at --init $out/02_cot.pt --reward $out/06_reward.pt
+run $py eval.py --out $out --seed $seed
 echo "run.sh: $(( $(date +%s) - started )) seconds after install; chat with it: $py chat.py $out/04_rlvr.pt"
