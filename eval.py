@@ -296,7 +296,7 @@ def plan(args, name):
 
 
 def open_stage(args, path):
-    model, tokenizer, parts = load(path, args.device)
+    model, tokenizer, parts = load(path, args.device, "any")
     record = parts.get("record", {"config": {}})
     init, name = record["config"].get("init", ""), Path(path).stem
     stage = SimpleNamespace(name=name, model=model.eval(), tokenizer=tokenizer, parts=parts,
