@@ -47,6 +47,12 @@ def stem(name):
     return Path(name).stem
 
 
+def outputs(name):
+    """The files of a finished run, and nothing else is left over."""
+    return [f"{stem(name)}{end}" for end in
+            (".jsonl", ".pt", *[".samples.jsonl"] * (name in ROLLOUTS))]
+
+
 def against(name):
     """The docstring says from which script this one was made -> its name, the sections that differ."""
     doc = " ".join(TEXT[name].split('"""')[1].split())
@@ -296,6 +302,12 @@ def gradients(monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
     return seen
+
+
+@pytest.fixture
+def overwrite(monkeypatch):
+    """As by --overwrite 1, for this test."""
+    monkeypatch.setitem(kernel.SWITCHES, "overwrite", 1)
 
 
 @pytest.fixture

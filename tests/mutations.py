@@ -143,7 +143,7 @@ put("top-p-in-the-log-prob", "log-probs of the truncated softmax, which the trai
 put("uniform-rounds-up", "a uniform just below 1 rounds to 1 in fp32: the search passes the end",
     "model.py", "at = torch.minimum(u[:, None].to(cdf.dtype) * total, below)",
     "at = u[:, None].to(cdf.dtype) * total",
-    "kernel.py::test_choose_never_takes_what_is_impossible")
+    "kernel.py::test_sample_token_never_takes_what_is_impossible")
 
 put("one-draw-for-all-rows", "all rows of a batch share their uniforms", "model.py",
     "np.random.default_rng([seed, step, row]).random(n)",

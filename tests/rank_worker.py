@@ -66,7 +66,7 @@ def halves(stage, cfg, sharded):
     for kernel.SWITCHES["fsdp"], stop in ((sharded, 2), (1 - sharded, 0)):
         made, steps = [], itertools.count(1)
         stage.make_optimizers = lambda *a, **k: made.extend(make(*a, **k)) or made
-        stage.interrupted = lambda: next(steps) == stop
+        kernel.interrupted = lambda: next(steps) == stop
         try:
             run(stage, cfg)
         except SystemExit as e:

@@ -110,7 +110,7 @@ def test_ipo(stages, beta):
 
 def test_ipo_needs_a_target(make, refuses):
     stage, cfg = make("DPO/ipo", beta=0.0)
-    refuses(lambda: run(stage, cfg), "--beta must be above 0")
+    refuses(lambda: run(stage, cfg), "--beta must lie in (0, 100], not 0.0")
 
 
 # ---------------------------------------------------------------------------- SimPO

@@ -104,10 +104,11 @@ def test_learning_rate(make, monkeypatch):
 
 def test_log_is_cut_back(make, tmp_path):
     """Steps after the last save are done again, and stand in the log once."""
-    path, cfg = tmp_path / "x.jsonl", make("01_sft")[1]
-    write_rows(path, [{"config": {}}] + [{"step": i, "loss": 1.0} for i in range(5)])
-    kernel.Log(str(path), 3, cfg)
-    assert [line["step"] for line in steps_of(path)] == [0, 1, 2]
+    path, cfg = tmp_path / "out/01_sft.jsonl", make("01_sft")[1]
+    path.parent.mkdir()
+    write_rows(path, [{"config": {}}] + [{"step": i, "loss": 1.0} for i in range(1, 6)])
+    kernel.Log(cfg, 3, {"device": "cpu"})
+    assert [line["step"] for line in steps_of(path)] == [1, 2, 3]
 
 
 # ---------------------------------------------------------------------------- rollouts
@@ -241,7 +242,7 @@ def test_score_has_a_scale(name, make, chain, tmp_path, monkeypatch):
     stage, cfg = make(name, steps=1, start=tmp_path)
     seen = calls(stage, "rollout", monkeypatch)
     run(stage, cfg)
-    model, _, parts = stage.load(cfg.reward)
+    model, _, parts = stage.load(cfg.reward, kind="reward")
     rows, judge = seen[0][1][0], stage.RewardModel(model, parts["head"])
     ids, mask = (kernel.pad(x, "cpu") for x in zip(*rows))
     with torch.no_grad():

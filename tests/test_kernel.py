@@ -4,14 +4,15 @@ import math
 import os
 import pickle
 import resource
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import CHARS, kernel, run, weights, write_rows
 
-from model import (GPT, GPTConfig, Tokenizer, choose, encode_rows, generate, load, number, pad,
-                   read_checkpoint, restore, sample_rows, save, shift, uniforms, verify)
+from model import (GPT, GPTConfig, Tokenizer, encode_rows, generate, load, number, pad,
+                   read_checkpoint, restore, sample_rows, sample_token, save, shift, uniforms, verify)
 
 LLAMA = dict(position="rope", norm="rms", mlp="swiglu", bias="none", n_kv_head=2, rope_factor=8.0,
              rope_context=16)
@@ -253,11 +254,11 @@ def test_sampled_frequencies(double):
     assert np.abs(share - p.detach().numpy()).max() < 0.03
 
 
-def test_choose_never_takes_what_is_impossible():
+def test_sample_token_never_takes_what_is_impossible():
     """Also where a number just below 1 is rounded to fp32."""
     logits = torch.tensor([[1.0, 2.0, -math.inf, 0.5, -math.inf]]).repeat(3, 1)
     u = torch.tensor([0.0, 0.5, 1 - 2.0 ** -50], dtype=torch.float64)
-    token, logprob = choose(logits, u, 1.0)
+    token, logprob = sample_token(logits, u, 1.0)
     assert token.tolist() == [0, 1, 3] and logprob.isfinite().all()
 
 
@@ -265,7 +266,7 @@ def test_top_p():
     """Only the smallest set with that mass is drawn from; the log-prob stays the full softmax's."""
     logits = torch.tensor([[0.5, 0.05, 0.3, 0.15]]).log().repeat(200, 1)
     u = torch.arange(200, dtype=torch.float64) / 200
-    token, logprob = choose(logits, u, 1.0, top_p=0.7)
+    token, logprob = sample_token(logits, u, 1.0, top_p=0.7)
     assert set(token.tolist()) == {0, 2}
     assert torch.allclose(logprob, logits.gather(-1, token[:, None])[:, 0])
 
@@ -617,18 +618,30 @@ def test_strict(change, part, tmp_path, refuses):
     refuses(lambda: load(str(tmp_path / "a.pt")), part)
 
 
-def test_restore_is_strict(tmp_path, refuses):
+def test_restore_is_strict(make, tmp_path, refuses):
     """An unfinished run under other flags or over other data is refused by name; what leaves the
-    result unchanged may differ."""
-    parts, record = parts_of(None), {"config": {"lr": 1.0, "micro_batch": 4}, "inputs": {"a": "1"}}
-    save(tmp_path / "s.pt", **parts, record=record, step=5, optimizers=[])
+    result unchanged may differ. So is a step, or an optimizer's state, that is not this run's."""
+    cfg, path, parts = make("01_sft", steps=9)[1], str(tmp_path / "s.pt"), parts_of(None)
     model = GPT(GPTConfig(**parts["gpt"]))
-    ask = lambda r: restore(str(tmp_path / "s.pt"), r, {"model": model}, [])
-    assert ask({"config": {"lr": 1.0, "micro_batch": 2}, "inputs": {"a": "1"}}) == 5
+
+    def state(**changes):
+        kernel.file_hashes.update(a="1")
+        save(path, **parts, record=kernel.record_of(cfg), **dict(step=5, optimizers=[]) | changes)
+
+    def ask(a="1", optimizers=(), **changes):
+        kernel.file_hashes.update(a=a)
+        return restore(path, replace(cfg, **changes), {"model": model}, optimizers)
+
+    state()
+    assert ask(micro_batch=2, save_every=1) == 5
     assert torch.equal(model.embed.weight, parts["model"]["embed.weight"])
-    refuses(lambda: ask({"config": {"lr": 2.0}, "inputs": {"a": "1"}}), "other lr:")
-    refuses(lambda: ask({"config": {"lr": 1.0}, "inputs": {"a": "2"}}), "other a:")
-    assert restore(str(tmp_path / "none.pt"), record, {}, []) == 0
+    refuses(lambda: ask(lr=2.0), "other lr:")
+    refuses(lambda: ask(a="2"), "other a:")
+    refuses(lambda: ask(optimizers=kernel.make_optimizers([model], 1e-3)), "optimizer state")
+    for step in (0, 9, -1, 2.0, True, None, "3"):
+        state(step=step)
+        refuses(ask, "no state of this run")
+    assert restore(str(tmp_path / "none.pt"), cfg, {}, []) == 0
 
 
 def test_skip_if_done(make, tmp_path, monkeypatch, capsys):

@@ -88,7 +88,7 @@ def test_rollouts(worlds, name, world):
 def test_logs(worlds, name, world):
     """One line a step from rank 0 alone, with sums over all ranks; also the evaluations."""
     one, many = (steps_of(worlds[1] / f"{n}/{stem(name)}.jsonl") for n in (1, world))
-    assert [line["step"] for line in many] == list(range(len(one)))
+    assert [line["step"] for line in many] == list(range(1, 1 + len(one)))
     for a, b in zip(one, many):
         assert a == pytest.approx(b, rel=1e-7, abs=1e-9)
     assert json.dumps(one) and len(one[-1]) > len(one[0])
@@ -110,6 +110,6 @@ def test_fsdp(worlds, name, begins, world):
     shards, all_of_it = held if begins else held[::-1]
     assert 0.5 * all_of_it <= shards < 0.6 * all_of_it
     one, other = (steps_of(out / f"sharded{s}/{stem(name)}.jsonl") for s in (1, 0))
-    assert [line["step"] for line in one] == list(range(4))
+    assert [line["step"] for line in one] == [1, 2, 3, 4]
     for a, b in zip(one, other):
         assert a == pytest.approx(b, rel=1e-7, abs=1e-9)

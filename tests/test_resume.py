@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROLLOUTS, ROOT, SCRIPTS, STAGES, flags, kernel, run, stem, steps_of, weights
+from conftest import (ROLLOUTS, ROOT, SCRIPTS, STAGES, flags, kernel, outputs, run, stem, steps_of,
+                      weights)
 
 HERE = ROOT / "tests"
 # Processes cost seconds: of the siblings the two that carry most from row to row are killed.
@@ -43,6 +45,8 @@ def same(folder, name):
     ends = [folder / part / stem(name) for part in ("out", "whole")]
     assert torch.equal(*[weights(f"{end}.pt") for end in ends])
     assert steps_of(f"{ends[0]}.jsonl") == steps_of(f"{ends[1]}.jsonl")
+    samples = [Path(f"{end}.samples.jsonl") for end in ends if name in ROLLOUTS]
+    assert not samples or samples[0].read_text() == samples[1].read_text() != ""
 
 
 @pytest.mark.parametrize("name", KILLED)
@@ -69,7 +73,7 @@ def test_kill(name, make, tmp_path, monkeypatch):
     assert min(seen) == done                               # it did not begin again
     run(stage, replace(cfg, out=str(tmp_path / "whole")))
     same(tmp_path, name)
-    assert sorted(os.listdir(tmp_path / "out")) == [f"{stem(name)}.jsonl", f"{stem(name)}.pt"]
+    assert sorted(os.listdir(tmp_path / "out")) == outputs(name)
 
 
 def test_ctrl_c(make, stages, tmp_path):
@@ -83,7 +87,8 @@ def test_ctrl_c(make, stages, tmp_path):
     assert process.returncode == 130, err
     done = torch.load(tmp_path / "out/01_sft.state.pt", weights_only=True)["step"]
     assert err == f"stopped after step {done}; the same command continues\n"
-    assert [line["step"] for line in steps_of(tmp_path / "out/01_sft.jsonl")] == list(range(done))
+    assert [line["step"] for line in steps_of(tmp_path / "out/01_sft.jsonl")] == list(
+        range(1, done + 1))
     again = start("01_sft", cfg)
     assert again.wait(timeout=300) == 0, again.stderr.read()
     run(stage, replace(cfg, out=str(tmp_path / "whole")))
@@ -103,22 +108,23 @@ def test_ctrl_c_under_torchrun(make, tmp_path):
     _, err = process.communicate(timeout=200)
     done = torch.load(tmp_path / "out/01_sft.state.pt", weights_only=True)["step"]
     assert err.count(f"stopped after step {done}; the same command continues\n") == 1, err
-    assert [line["step"] for line in steps_of(tmp_path / "out/01_sft.jsonl")] == list(range(done))
+    assert [line["step"] for line in steps_of(tmp_path / "out/01_sft.jsonl")] == list(
+        range(1, done + 1))
     run(stage, cfg)
     assert len(steps_of(tmp_path / "out/01_sft.jsonl")) == 400
 
 
 def stop_after(stage, cfg, steps, monkeypatch):
     """Run `steps` steps and then behave as if Ctrl-C had been pressed."""
-    log, count = stage.Log.__call__, []
+    log, count = kernel.Log.__call__, []
 
-    def count_steps(self, step, **metrics):
-        log(self, step, **metrics)
-        count.append(step)
+    def count_steps(self, *args, **metrics):
+        log(self, *args, **metrics)
+        count.append(1)
         kernel.interrupt.seen = len(count) == steps
 
     with monkeypatch.context() as m:
-        m.setattr(stage.Log, "__call__", count_steps)
+        m.setattr(kernel.Log, "__call__", count_steps)
         with pytest.raises(SystemExit) as e:
             run(stage, cfg)
     assert e.value.code == 130 and len(count) == steps

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import LOSS, ROLLOUTS, SIBLINGS, against, kernel, run, steps_of
+from conftest import LOSS, ROLLOUTS, SIBLINGS, against, kernel, run, stem, steps_of
 from test_losses import EPS, ragged
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -88,7 +88,7 @@ def test_padding_is_never_seen(stages, name):
 def test_logs(make, tmp_path, name):
     """Each step tells how much was clipped and how many tokens it cost."""
     run(*make(name, lr=3e-2))
-    for line in steps_of(next((tmp_path / "out").glob("*.jsonl"))):
+    for line in steps_of(tmp_path / f"out/{stem(name)}.jsonl"):
         assert 0 <= line["clip_frac"] <= 1 and line["sampled_tokens"] >= 8
 
 
@@ -292,10 +292,10 @@ def test_dapo_stops_asking(sampling, refuses):
     signal = [len(set(group)) > 1 for group in rewards.tolist()]
     assert 1 <= sum(signal) < 4 and signal == sorted(signal, reverse=True)
     refuses(lambda: sampling(["11", "00"] * 5, batch_size=4, max_rounds=3),
-            "step 1: no prompt of 3", "intact", "--group_size", "--out")
+            "step 2: no prompt of 3", "intact", "--group_size", "--out")
 
 
-def test_dapo_without_signal(make, stages, monkeypatch, tmp_path, refuses):
+def test_dapo_without_signal(make, stages, monkeypatch, tmp_path, refuses, overwrite):
     """In the middle of a run: what was saved stays, and the finished checkpoint of before too."""
     stage, cfg = make("RL/dapo", steps=4, save_every=1)
     run(*make("RL/dapo", steps=1))
@@ -309,7 +309,7 @@ def test_dapo_without_signal(make, stages, monkeypatch, tmp_path, refuses):
         return full(*args)
 
     monkeypatch.setattr(stage, "full_batch", dry)
-    refuses(lambda: run(stage, cfg), "step 2: no prompt of 10 rounds", "intact")
+    refuses(lambda: run(stage, cfg), "step 3: no prompt of 10 rounds", "intact")
     assert torch.load(tmp_path / "out/dapo.state.pt", weights_only=True)["step"] == 2
     assert (tmp_path / "out/dapo.pt").read_bytes() == before
 

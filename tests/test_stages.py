@@ -1,4 +1,4 @@
-"""Every stage runs; the stages are one program with some bars exchanged, as the docstrings say."""
+"""Every stage runs; the stages are one program with some sections exchanged, as the docstrings say."""
 import inspect
 import os
 import re
@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
-from conftest import (LOSS, PAIRS, ROLLOUTS, ROOT, SCRIPTS, SIBLINGS, STAGES, TEXT, against, run,
-                      stem, steps_of, weights)
+from conftest import (LOSS, PAIRS, ROLLOUTS, ROOT, SCRIPTS, SIBLINGS, STAGES, TEXT, against,
+                      outputs, run, stem, steps_of, weights)
 
-BARS = ["config", "data", "loss", "training", "evaluation", "update"]
+SECTIONS = ["config", "data", "loss", "training", "evaluation", "update"]
 
 
-def bars(name):
-    """{bar: its text}; "" is what comes before the first bar."""
+def sections(name):
+    """{section: its text}; "" is what comes before the first."""
     parts = re.split(r"^# -{60,} (\w+)$", TEXT[name], flags=re.MULTILINE)
     assert len(parts[1::2]) == len(set(parts[1::2]))
     return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2]))
@@ -23,28 +23,28 @@ def bars(name):
 # ---------------------------------------------------------------------------- text
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_bars(name):
-    assert list(bars(name)) == ["", *BARS]
+def test_sections(name):
+    assert list(sections(name)) == ["", *SECTIONS]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_update_is_the_same(name):
-    assert bars(name)["update"] == bars(STAGES[0])["update"]
+    assert sections(name)["update"] == sections(STAGES[0])["update"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS[1:])
-def test_bars_that_differ(name):
-    """The docstring says against which script, and exactly which bars differ."""
+def test_sections_that_differ(name):
+    """The docstring says against which script, and exactly which sections differ."""
     parent, claimed = against(name)
-    mine, other = bars(name), bars(parent)
-    assert claimed == [bar for bar in BARS if mine[bar] != other[bar]]
+    mine, other = sections(name), sections(parent)
+    assert claimed == [name for name in SECTIONS if mine[name] != other[name]]
 
 
 def test_sft_and_cot_are_one_program():
     """Apart from the docstring and values of the config, equal bytes; the same flags."""
-    sft, cot = bars("01_sft"), bars("02_cot")
+    sft, cot = sections("01_sft"), sections("02_cot")
     assert sft[""].split('"""')[2] == cot[""].split('"""')[2]
-    assert {bar for bar in BARS if sft[bar] != cot[bar]} == {"config"}
+    assert {name for name in SECTIONS if sft[name] != cot[name]} == {"config"}
     a, b = sft["config"].splitlines(), cot["config"].splitlines()
     assert len(a) == len(b)
     assert [line.split(":")[0] for line in a] == [line.split(":")[0] for line in b]
@@ -78,9 +78,9 @@ def test_two_steps(name, make, chain, tmp_path):
     stage, cfg = make(name)
     run(stage, cfg)
     file = stem(name)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{file}.jsonl", f"{file}.pt"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == outputs(name)
     log = steps_of(tmp_path / f"out/{stem(name)}.jsonl")
-    assert [line["step"] for line in log] == [0, 1]
+    assert [line["step"] for line in log] == [1, 2]
     for line in log:
         assert all(isinstance(v, int | float) and v == v for v in line.values()), line
         assert {"loss", "grad_norm"} <= set(line)
