@@ -49,7 +49,7 @@ def train(name, script, **flags):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         for line in process.stdout:
-            if step := re.search(r" (\d+)/\d+ ", line):
+            if step := re.match(r" *\S+ +(\d+)/\d+ ", line):
                 stamps[step[1]] = round(time.monotonic() - begun, 1)
     if process.returncode:
         raise SystemExit(process.returncode)
@@ -144,12 +144,13 @@ def show(title, head, rows):
 
 
 def reached(run, level):
-    """(sampled tokens, seconds) at the first evaluation at or above `level`; None if never."""
-    spent = 0
+    """(sampled tokens, seconds) at the first evaluation at or above `level`; None if never. (The
+    log's steps count from 1; in records made before they did, from 0.)"""
+    spent, first = 0, run["log"][0]["step"]
     for line in run["log"]:
         spent += line["sampled_tokens"]
         if line.get("accuracy", -1) >= level:
-            return spent, run["seconds"][str(int(line["step"]) + 1)]
+            return spent, run["seconds"][str(int(line["step"] - first) + 1)]
     return None
 
 

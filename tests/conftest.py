@@ -54,7 +54,7 @@ def outputs(name):
 
 
 def against(name):
-    """The docstring says from which script this one was made -> its name, the sections that differ."""
+    """From which script the docstring says that this one was made -> its name, what differs."""
     doc = " ".join(TEXT[name].split('"""')[1].split())
     found = re.search(r"Against ([\w/]+)\.py:.*?the sections? that differs?: ([a-z, ]+)\.", doc)
     assert found, doc

@@ -195,8 +195,8 @@ put("rollouts-repeat", "each batch of rollouts draws the numbers of the first", 
     "gaps.py::test_no_draw_is_used_twice[04_rlvr]")
 
 put("evaluation-without-the-primer", "what is judged lacks the <think> that it was primed with",
-    "04_rlvr.py", "verify(\"<think>\" + tokenizer.decode(c), answer) == 1",
-    "verify(tokenizer.decode(c), answer) == 1", "gaps.py::test_evaluation[04_rlvr]")
+    "04_rlvr.py", "said = [\"<think>\" + tokenizer.decode(c) for c in completions]",
+    "said = [tokenizer.decode(c) for c in completions]", "gaps.py::test_evaluation[04_rlvr]")
 
 # ---------------------------------------------------------------------------- verifier
 
@@ -560,25 +560,26 @@ put("not-strict", "a checkpoint that does not fit is loaded in part: training fr
     "for k, v in weights.items()}, strict=False)", "kernel.py::test_strict")
 
 put("architecture-by-default", "a switch that the checkpoint does not name gets its default",
-    "model.py", "if set(parts[\"gpt\"]) != known:", "if set(parts[\"gpt\"]) - known:",
+    "model.py", "if {k: type(v) for k, v in parts[\"gpt\"].items()} != known:",
+    "if {k: type(v) for k, v in parts[\"gpt\"].items()}.items() - known.items():",
     "kernel.py::test_strict")
 
 put("pickle-runs-code", "a foreign checkpoint may run code", "model.py",
-    "torch.load(path, map_location=device, weights_only=True)",
-    "torch.load(path, map_location=device, weights_only=False)",
+    "torch.load(path, map_location=\"cpu\", weights_only=True)",
+    "torch.load(path, map_location=\"cpu\", weights_only=False)",
     "kernel.py::test_a_pickle_with_code_is_refused")
 
 put("save-in-place", "a save that stops half way destroys the old checkpoint", "model.py",
-    "path, new, parts = str(path), f\"{path}.new\", whole(parts)",
-    "path, new, parts = str(path), str(path), whole(parts)",
+    "path, new, parts = str(path), f\"{path}.new\", gather_full(parts)",
+    "path, new, parts = str(path), str(path), gather_full(parts)",
     "kernel.py::test_save_is_atomic")
 
 put("resume-under-other-flags", "an unfinished run is continued under another configuration",
-    "model.py", "names = differing(parts[\"record\"], record)", "names = []",
+    "model.py", "names = differing(parts.get(\"record\", {}), record_of(cfg))", "names = []",
     "kernel.py::test_restore_is_strict")
 
 put("optimizer-not-restored", "a resume begins with fresh moments", "model.py",
-    "opt.load_state_dict(state)", "pass", "resume.py::test_stopped_at_any_step[01_sft]")
+    "opt.load_state_dict(saved)", "pass", "resume.py::test_stopped_at_any_step[01_sft]")
 
 put("data-order-not-restored", "a resumed run sees the first batches again", "01_sft.py",
     "sample_rows(len(train), cfg.batch_size, cfg.seed, step)",
@@ -586,7 +587,8 @@ put("data-order-not-restored", "a resumed run sees the first batches again", "01
     "resume.py::test_stopped_at_any_step[01_sft]")
 
 put("log-not-cut-back", "after a resume the log has some steps twice", "model.py",
-    " if json.loads(line)[\"step\"] < first]", "]", "gaps.py::test_log_is_cut_back")
+    "if 0 < row[\"step\"] <= first else []", "if 0 < row[\"step\"] else []",
+    "gaps.py::test_log_is_cut_back")
 
 # ---------------------------------------------------------------------------- evaluation
 
@@ -620,16 +622,16 @@ put("head-by-rank", "a head that each rank draws for itself, after the wrapper m
 # ---------------------------------------------------------------------------- speed and memory
 
 put("fsdp-dropped", "--fsdp changes nothing: every rank holds everything", "model.py",
-    "if dist.is_initialized() and SCALE[\"fsdp\"]:", "if dist.is_initialized() and False:",
+    "if dist.is_initialized() and SWITCHES[\"fsdp\"]:", "if dist.is_initialized() and False:",
     "ranks.py::test_fsdp[03_dpo-1-2]")
 
 put("fsdp-resume-without-momenta", "a run that goes on under FSDP2 has lost its momenta",
-    "model.py", "{k: part_of(v, weights[i]) for",
-    "{k: part_of(v * (k == \"step\" or not hasattr(weights[i], \"full_tensor\")), weights[i]) for",
+    "model.py", "{k: shard_like(v, weights[i]) for",
+    "{k: shard_like(v * (k == \"step\" or not hasattr(weights[i], \"full_tensor\")), weights[i]) for",
     "ranks.py::test_fsdp[01_sft-0-2]")
 
 put("fsdp-in-rl", "--fsdp is taken in RL, where sampling would gather the weights for every token",
-    "model.py", "if SCALE[\"fsdp\"] and \"max_new\" in flags:", "if False:",
+    "model.py", "if SWITCHES[\"fsdp\"] and \"max_new\" in flags:", "if False:",
     "scale.py::test_fsdp_in_rl[04_rlvr]")
 
 put("uneven-pieces", "ranks differ in their number of micro-batches: FSDP2 waits for ever",
@@ -637,7 +639,7 @@ put("uneven-pieces", "ranks differ in their number of micro-batches: FSDP2 waits
     "n = min(-(-len(items) // size), ", "scale.py::test_pieces_of_ranks")
 
 put("checkpointing-dropped", "--checkpointing changes nothing", "model.py",
-    "gpt.checkpointing = bool(SCALE[\"checkpointing\"])", "gpt.checkpointing = False",
+    "gpt.checkpointing = bool(SWITCHES[\"checkpointing\"])", "gpt.checkpointing = False",
     "scale.py::test_checkpointing[00_pretrain]")
 
 put("compiled-by-length", "every length of a batch is compiled anew", "model.py",

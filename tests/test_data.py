@@ -504,8 +504,8 @@ def test_within_reach(script, chain, data, tmp_path, capsys, monkeypatch, refuse
     reach.main([*flags, "--want", "2"])
     assert [row["right"] for row in read(tmp_path / "rl_reach.jsonl")] == [1, 7]
     reach.main([*flags, "--want", "0"])
-    kept = read(tmp_path / "rl_reach.jsonl")
-    assert kept == [dict(row, right=int(row["answer"])) for row in rows if row["answer"] not in "08"]
+    wanted = [row for row in rows if row["answer"] not in "08"]
+    assert read(tmp_path / "rl_reach.jsonl") == [dict(r, right=int(r["answer"])) for r in wanted]
     assert set(asked.values()) == {8}
     assert "6 prompts tried, 4 kept, 1 dropped (never right), 1 dropped (always right)" in (
         capsys.readouterr().out)

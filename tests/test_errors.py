@@ -209,7 +209,8 @@ def test_unknown_flag():
 
 
 @pytest.mark.parametrize("changes, part", [
-    (dict(n_head=3), "n_head=3 does not divide n_embd=32"), (dict(n_layer=0), "--n_layer must lie in [1, 1000], not 0"),
+    (dict(n_head=3), "n_head=3 does not divide n_embd=32"),
+    (dict(n_layer=0), "--n_layer must lie in [1, 1000], not 0"),
     (dict(position="absolute"), "absolute"), (dict(window=65), "--window 65"),
     (dict(n_embd=6, n_head=2), "even")])
 def test_impossible_model(changes, part, make, refuses):

@@ -12,7 +12,8 @@ import torch
 from conftest import CHARS, kernel, run, weights, write_rows
 
 from model import (GPT, GPTConfig, Tokenizer, encode_rows, generate, load, number, pad,
-                   read_checkpoint, restore, sample_rows, sample_token, save, shift, uniforms, verify)
+                   read_checkpoint, restore, sample_rows, sample_token, save, shift, uniforms,
+                   verify)
 
 LLAMA = dict(position="rope", norm="rms", mlp="swiglu", bias="none", n_kv_head=2, rope_factor=8.0,
              rope_context=16)

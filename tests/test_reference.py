@@ -220,9 +220,9 @@ def test_advantages(name, G):
 
 def test_overlong_penalty():
     lengths = torch.arange(1, 31)
-    for longest, cache in ((30, 10), (30, 1), (40, 30)):
-        ours = stage("RL/dapo").overlong_penalty(lengths, longest, cache)
-        expected = [R.overlong(int(n), longest, cache) for n in lengths]
+    for longest, near in ((30, 10), (30, 1), (40, 30)):
+        ours = stage("RL/dapo").overlong_penalty(lengths, longest, near)
+        expected = [R.overlong(int(n), longest, near) for n in lengths]
         assert np.allclose(ours, expected, rtol=1e-9, atol=1e-12)
 
 

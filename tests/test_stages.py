@@ -1,4 +1,4 @@
-"""Every stage runs; the stages are one program with some sections exchanged, as the docstrings say."""
+"""Every stage runs; the stages are one program with some sections exchanged, as docstrings say."""
 import inspect
 import os
 import re

@@ -433,7 +433,7 @@ def test_rloo_advantages(seed):
 
 def test_overlong_penalty():
     lengths = torch.arange(1, 31)
-    for longest, cache in ((30, 10), (30, 1), (40, 30)):
-        theirs = get_soft_overlong_punishment(longest, cache)([[0] * int(n) for n in lengths])
-        ours = stage("RL/dapo").overlong_penalty(lengths, longest, cache)
+    for longest, near in ((30, 10), (30, 1), (40, 30)):
+        theirs = get_soft_overlong_punishment(longest, near)([[0] * int(n) for n in lengths])
+        ours = stage("RL/dapo").overlong_penalty(lengths, longest, near)
         assert torch.allclose(ours, torch.tensor(theirs), rtol=1e-9, atol=1e-12)
