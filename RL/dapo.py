@@ -159,10 +159,10 @@ def dapo_loss(logprobs, old_logprobs, advantages, completion_mask, clip_eps, cli
 
 
 def main(cfg):
+    rank, world, device = setup(cfg)
     if cfg.overlong >= cfg.max_new:
         fail(f"--overlong {cfg.overlong} must be below --max_new {cfg.max_new}: else every "
              "completion is punished")
-    rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)

@@ -309,4 +309,4 @@ def test_kto_baseline_in_a_run(stages, make, monkeypatch, tmp_path):
 
 def test_kto_needs_two_pairs(make, refuses):
     stage, cfg = make("DPO/kto", batch_size=1)
-    refuses(lambda: run(stage, cfg), "--batch_size must be at least 2")
+    refuses(lambda: run(stage, cfg), "--batch_size must lie in [2, 1e6], not 1")

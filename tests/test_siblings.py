@@ -433,4 +433,4 @@ def test_ppo_rewards(make, stages, monkeypatch):
 
 def test_kto_needs_two(make, refuses):
     """A mismatched pair takes two."""
-    refuses(lambda: run(*make("DPO/kto", batch_size=1)), "--batch_size must be at least 2")
+    refuses(lambda: run(*make("DPO/kto", batch_size=1)), "--batch_size must lie in [2, 1e6], not 1")
