@@ -247,7 +247,7 @@ put("gradients-not-cleared", "gradients add up from step to step", "01_sft.py",
 put("learning-rate-compounds", "the schedule scales the last rate instead of the peak",
     "01_sft.py", "g[\"lr\"] = g[\"peak\"] * schedule(cfg, step)",
     "g[\"lr\"] *= schedule(cfg, step)",
-    "gaps.py::test_learning_rate")
+    "gaps.py::test_learning_rate[01_sft]")
 
 # ---------------------------------------------------------------------------- 03 and 06
 
@@ -627,7 +627,8 @@ put("fsdp-dropped", "--fsdp changes nothing: every rank holds everything", "mode
 
 put("fsdp-resume-without-momenta", "a run that goes on under FSDP2 has lost its momenta",
     "model.py", "{k: shard_like(v, weights[i]) for",
-    "{k: shard_like(v * (k == \"step\" or not hasattr(weights[i], \"full_tensor\")), weights[i]) for",
+    "{k: shard_like(v * (k == \"step\" or not hasattr(weights[i], \"full_tensor\")),\n"
+    "                               weights[i]) for",
     "ranks.py::test_fsdp[01_sft-0-2]")
 
 put("fsdp-in-rl", "--fsdp is taken in RL, where sampling would gather the weights for every token",
