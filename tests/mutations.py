@@ -884,6 +884,17 @@ put("eps-of-q-and-k", "the norms of q and k have an eps of their own", "model.py
     "(nn.RMSNorm(d, eps=cfg.norm_eps) for _ in \"qk\")", "(nn.RMSNorm(d) for _ in \"qk\")",
     "numbers.py::test_norm_eps[layer]")
 
+put("uniforms-rounded-too-late", "the sampler's uniforms are float64 on a device that has none",
+    "model.py", "u = u.to(out_logprobs.dtype).to(device)", "u = u.to(device).to(out_logprobs.dtype)",
+    "float32.py::test_generate")
+
+put("wide-angles", "RoPE's cosines stay float64, and widen what they turn", "model.py",
+    "torch.cat([cos, cos], 1).to(dtype)", "torch.cat([cos, cos], 1)", "float32.py::test_generate")
+
+put("sums-in-double", "a metric is summed in float64 on the device", "05_ppo.py",
+    "float((advantages ** 2 * mask).sum())", "float((advantages.double() ** 2 * mask).sum())",
+    "float32.py::test_stages[05_ppo]")
+
 # ---------------------------------------------------------------------------- without a mutation
 
 WITHOUT = {
