@@ -885,7 +885,8 @@ put("eps-of-q-and-k", "the norms of q and k have an eps of their own", "model.py
     "numbers.py::test_norm_eps[layer]")
 
 put("uniforms-rounded-too-late", "the sampler's uniforms are float64 on a device that has none",
-    "model.py", "u = u.to(out_logprobs.dtype).to(device)", "u = u.to(device).to(out_logprobs.dtype)",
+    "model.py", "u = u.to(out_logprobs.dtype).to(device)",
+    "u = u.to(device).to(out_logprobs.dtype)",
     "float32.py::test_generate")
 
 put("wide-angles", "RoPE's cosines stay float64, and widen what they turn", "model.py",
