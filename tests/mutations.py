@@ -247,7 +247,7 @@ put("gradients-not-cleared", "gradients add up from step to step", "01_sft.py",
 put("learning-rate-compounds", "the schedule scales the last rate instead of the peak",
     "01_sft.py", "g[\"lr\"] = g[\"peak\"] * schedule(cfg, step)",
     "g[\"lr\"] *= schedule(cfg, step)",
-    "gaps.py::test_learning_rate")
+    "gaps.py::test_learning_rate[01_sft]")
 
 # ---------------------------------------------------------------------------- 03 and 06
 
@@ -627,7 +627,8 @@ put("fsdp-dropped", "--fsdp changes nothing: every rank holds everything", "mode
 
 put("fsdp-resume-without-momenta", "a run that goes on under FSDP2 has lost its momenta",
     "model.py", "{k: shard_like(v, weights[i]) for",
-    "{k: shard_like(v * (k == \"step\" or not hasattr(weights[i], \"full_tensor\")), weights[i]) for",
+    "{k: shard_like(v * (k == \"step\" or not hasattr(weights[i], \"full_tensor\")),\n"
+    "                               weights[i]) for",
     "ranks.py::test_fsdp[01_sft-0-2]")
 
 put("fsdp-in-rl", "--fsdp is taken in RL, where sampling would gather the weights for every token",
@@ -715,6 +716,185 @@ put("windows-overlap", "tokens at the seam of two windows are predicted twice", 
     "found.append((ids[max(0, end - block_size - 1) : end], len(new)))",
     "found.append((ids[max(0, end - block_size - 1) : end], min(end - 1, block_size)))",
     "tasks.py::test_text_predicts_every_token_once")
+
+# ---------------------------------------------------------------------------- numbers passed on
+# Invisible at a neutral value: temperature 1, mean 0, seed 0, one epoch, gamma 1, the first step.
+
+put("reference-at-temperature-one", "the policy is scored at the temperature, the reference at 1",
+    "04_rlvr.py", "score(ref, ids, targets), advantages", "ref(ids, targets), advantages",
+    "numbers.py::test_no_distance_at_the_start[04_rlvr]",
+    "numbers.py::test_reference_at_the_temperature[04_rlvr]")
+
+put("reinforce-reference-at-one", "the same without a ratio", "RL/reinforce.py",
+    "score(ref, ids, targets), advantages", "ref(ids, targets), advantages",
+    "numbers.py::test_no_distance_at_the_start[RL/reinforce]",
+    "numbers.py::test_reference_at_the_temperature[RL/reinforce]")
+
+put("gspo-reference-at-one", "the same with one ratio for a completion", "RL/gspo.py",
+    "score(ref, ids, targets), advantages", "ref(ids, targets), advantages",
+    "numbers.py::test_no_distance_at_the_start[RL/gspo]",
+    "numbers.py::test_reference_at_the_temperature[RL/gspo]")
+
+put("dr-grpo-reference-at-one", "the same without lengths", "RL/dr_grpo.py",
+    "score(ref, ids, targets), advantages", "ref(ids, targets), advantages",
+    "numbers.py::test_no_distance_at_the_start[RL/dr_grpo]",
+    "numbers.py::test_reference_at_the_temperature[RL/dr_grpo]")
+
+put("ppo-reference-at-one", "the same with the KL in the reward", "05_ppo.py",
+    "kl = old_logprobs - ref(ids, targets, cfg.temperature)",
+    "kl = old_logprobs - ref(ids, targets)",
+    "numbers.py::test_no_distance_at_the_start[05_ppo]")
+
+put("rl-ppo-reference-at-one", "the same under the verifier", "RL/ppo.py",
+    "kl = old_logprobs - ref(ids, targets, cfg.temperature)",
+    "kl = old_logprobs - ref(ids, targets)",
+    "numbers.py::test_no_distance_at_the_start[RL/ppo]")
+
+put("rloo-reference-at-one", "the same with the KL of whole completions", "RL/rloo.py",
+    "score(ref, ids, targets)", "ref(ids, targets)",
+    "numbers.py::test_no_distance_at_the_start[RL/rloo]")
+
+put("mean-with-the-wrong-sign", "06 saves minus the mean of its scores: 05 then doubles it",
+    "06_reward.py", "\"val_mean\": mean,", "\"val_mean\": -mean,",
+    "numbers.py::test_scale_of_the_scores", "numbers.py::test_scores_are_centred")
+
+put("spread-around-zero", "the std of the scores around 0, not around their mean", "06_reward.py",
+    "math.sqrt(max(square - mean ** 2, 1e-12))", "math.sqrt(max(square, 1e-12))",
+    "numbers.py::test_scale_of_the_scores", "numbers.py::test_scores_are_centred")
+
+put("mean-added", "05 adds the mean that it should subtract", "05_ppo.py",
+    "(at_least_fp32(scores) - parts[\"val_mean\"])",
+    "(at_least_fp32(scores) + parts[\"val_mean\"])",
+    "numbers.py::test_scores_are_centred")
+
+put("mean-of-one-side", "the mean over pairs counts both sides' scores", "06_reward.py",
+    "\"score\": scores.detach().sum() / 2", "\"score\": scores.detach().sum()",
+    "numbers.py::test_scale_of_the_scores")
+
+put("clip-and-beta-exchanged", "two numbers of the loss in the wrong order", "RL/gspo.py",
+    "*rest, cfg.clip_eps, cfg.beta)", "*rest, cfg.beta, cfg.clip_eps)",
+    "numbers.py::test_numbers_of_the_loss[RL/gspo]")
+
+put("bounds-exchanged", "clip-higher is the lower bound", "RL/dapo.py",
+    "*rest, cfg.clip_eps, cfg.clip_eps_high)", "*rest, cfg.clip_eps_high, cfg.clip_eps)",
+    "numbers.py::test_numbers_of_the_loss[RL/dapo]")
+
+put("gamma-by-default", "SimPO's margin is a constant, whatever the flag says", "DPO/simpo.py",
+    "mask, cfg.beta, cfg.gamma)", "mask, cfg.beta, Config.gamma)",
+    "numbers.py::test_numbers_of_the_loss[DPO/simpo]")
+
+put("lambdas-exchanged", "both are 1 by default, and nobody sees which is which", "DPO/kto.py",
+    "cfg.beta, cfg.lam_d,\n                        cfg.lam_u)",
+    "cfg.beta, cfg.lam_u,\n                        cfg.lam_d)",
+    "numbers.py::test_numbers_of_the_loss[DPO/kto]")
+
+put("value-loss-always", "the value loss has its default weight, whatever the flag says",
+    "05_ppo.py", "*rest, cfg.clip_eps, cfg.vf_coef)", "*rest, cfg.clip_eps, Config.vf_coef)",
+    "numbers.py::test_no_value_loss[05_ppo]", "numbers.py::test_numbers_of_the_loss[05_ppo]")
+
+put("gamma-and-lambda-exchanged", "their product is the same: only values that are not 0 tell",
+    "05_ppo.py", "gae(rewards, old_values, mask, cfg.gamma, cfg.lam)",
+    "gae(rewards, old_values, mask, cfg.lam, cfg.gamma)", "numbers.py::test_discounts[05_ppo]")
+
+put("gamma-not-passed", "later rewards are never discounted", "RL/ppo.py",
+    "gae(rewards, old_values, mask, cfg.gamma, cfg.lam)",
+    "gae(rewards, old_values, mask, 1.0, cfg.lam)", "numbers.py::test_discounts[RL/ppo]")
+
+put("evaluation-at-the-temperature", "runs of different temperatures are judged differently",
+    "RL/cispo.py", "seed=cfg.seed, step=10 ** 6", "temperature=cfg.temperature, seed=cfg.seed, "
+    "step=10 ** 6", "numbers.py::test_numbers_of_the_sampler[RL/cispo]")
+
+put("samples-of-seed-0", "every seed draws the same samples", "RL/rloo.py",
+    "cfg.temperature, cfg.seed, step, numbers)", "cfg.temperature, 0, step, numbers)",
+    "numbers.py::test_numbers_of_the_sampler[RL/rloo]")
+
+put("evaluation-of-seed-0", "every seed is judged by the same samples", "05_ppo.py",
+    "seed=cfg.seed, step=10 ** 6", "seed=0, step=10 ** 6",
+    "numbers.py::test_numbers_of_the_sampler[05_ppo]")
+
+put("rows-of-seed-0", "every seed sees the rows in the same order", "03_dpo.py",
+    "sample_rows(len(train), cfg.batch_size, cfg.seed, step)",
+    "sample_rows(len(train), cfg.batch_size, 0, step)", "numbers.py::test_seed_of_the_rows[03_dpo]")
+
+put("windows-of-seed-0", "every seed reads the text at the same places", "00_pretrain.py",
+    "np.random.default_rng([cfg.seed, step])", "np.random.default_rng([0, step])",
+    "numbers.py::test_seed_of_windows_and_weights")
+
+put("weights-of-seed-0", "every seed begins with the same weights", "model.py",
+    "torch.manual_seed(cfg.seed)", "torch.manual_seed(0)",
+    "numbers.py::test_seed_of_windows_and_weights")
+
+put("one-epoch", "--epochs is not looked at", "RL/dr_grpo.py",
+    "for minibatch in minibatches * cfg.epochs:", "for minibatch in minibatches:",
+    "numbers.py::test_epochs[RL/dr_grpo]")
+
+put("metrics-of-one-epoch", "the log has the sum over epochs where it says mean", "RL/cispo.py",
+    "v / (len(minibatches) * cfg.epochs)", "v / len(minibatches)",
+    "numbers.py::test_epochs[RL/cispo]")
+
+put("a-minibatch-at-a-time", "all epochs over one minibatch, then all over the next", "04_rlvr.py",
+    "for minibatch in minibatches * cfg.epochs:",
+    "for minibatch in [m for m in minibatches for _ in range(cfg.epochs)]:",
+    "numbers.py::test_epochs[04_rlvr]")
+
+put("no-ramp", "the full rate from the first step on", "01_sft.py",
+    "return (step + 1) / cfg.warmup", "return 1.0", "gaps.py::test_learning_rate[01_sft]")
+
+put("cosine-over-all-steps", "the cosine begins with the ramp", "02_cot.py",
+    "(step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)", "step / cfg.steps",
+    "gaps.py::test_learning_rate[02_cot]")
+
+put("clipped-at-one", "the gradient's norm is bounded by 1, whatever the flag says", "DPO/ipo.py",
+    "clip_grad_norm_(weights, cfg.grad_clip or math.inf)", "clip_grad_norm_(weights, 1.0)",
+    "numbers.py::test_clipping[DPO/ipo]")
+
+put("clip-0-is-a-bound", "--grad_clip 0 makes every gradient 0, and a healthy log", "06_reward.py",
+    "clip_grad_norm_(weights, cfg.grad_clip or math.inf)",
+    "clip_grad_norm_(weights, cfg.grad_clip)", "numbers.py::test_clipping[06_reward]")
+
+put("kto-kl-of-the-start", "the baseline that the start has, 0, in every step", "DPO/kto.py",
+    "ref_logprobs, mask, kl, cfg.beta", "ref_logprobs, mask, 0.0 * kl, cfg.beta",
+    "numbers.py::test_kl_of_kto")
+
+put("kto-kl-of-the-batch", "held-out rows are judged by the training batch's kl", "DPO/kto.py",
+    "            kl = baseline(cfg, model, ref, val, rank, world, device)\n", "",
+    "numbers.py::test_kl_of_kto")
+
+put("price-not-charged", "the price of long completions is computed for nobody", "RL/dapo.py",
+    "rewards = rewards + overlong_penalty(", "overlong_penalty(",
+    "numbers.py::test_long_completions_are_punished")
+
+put("entropy-sign", "the entropy is logged with the sign of the log-prob", "04_rlvr.py",
+    "entropy=-sum(map(sum, logprobs))", "entropy=sum(map(sum, logprobs))",
+    "numbers.py::test_metrics_of_rollouts[04_rlvr]")
+
+put("groups-among-completions", "groups without signal are counted once, completions are the whole",
+    "RL/dr_grpo.py", "no_signal=G * (rewards", "no_signal=(rewards",
+    "numbers.py::test_metrics_of_rollouts[RL/dr_grpo]")
+
+put("low-frequencies-from-1", "Llama's lower edge is 1, whatever the model says", "model.py",
+    "turns_in_context - cfg.rope_low)", "turns_in_context - 1)",
+    "kernel.py::test_llama_frequencies")
+
+put("eps-by-default", "RMSNorm's eps is torch's, whatever the model says", "model.py",
+    "return nn.RMSNorm(size, eps=cfg.norm_eps)", "return nn.RMSNorm(size)",
+    "numbers.py::test_norm_eps[rms]")
+
+put("eps-of-q-and-k", "the norms of q and k have an eps of their own", "model.py",
+    "(nn.RMSNorm(d, eps=cfg.norm_eps) for _ in \"qk\")", "(nn.RMSNorm(d) for _ in \"qk\")",
+    "numbers.py::test_norm_eps[layer]")
+
+put("uniforms-rounded-too-late", "the sampler's uniforms are float64 on a device that has none",
+    "model.py", "u = u.to(out_logprobs.dtype).to(device)",
+    "u = u.to(device).to(out_logprobs.dtype)",
+    "float32.py::test_generate")
+
+put("wide-angles", "RoPE's cosines stay float64, and widen what they turn", "model.py",
+    "torch.cat([cos, cos], 1).to(dtype)", "torch.cat([cos, cos], 1)", "float32.py::test_generate")
+
+put("sums-in-double", "a metric is summed in float64 on the device", "05_ppo.py",
+    "float((advantages ** 2 * mask).sum())", "float((advantages.double() ** 2 * mask).sum())",
+    "float32.py::test_stages[05_ppo]")
 
 # ---------------------------------------------------------------------------- without a mutation
 

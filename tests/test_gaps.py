@@ -83,9 +83,11 @@ def test_windows(stages, make, data):
     assert first != second and set(first) == set(second) == {0, 1, 2, 3, 4}
 
 
-def test_learning_rate(make, monkeypatch):
-    """Each step's rate is the schedule times the peak of its group."""
-    stage, cfg = make("01_sft", steps=5, lr=1e-3, muon_lr=0.02)
+@pytest.mark.parametrize("name", ["00_pretrain", "01_sft", "02_cot"])
+def test_learning_rate(name, make, monkeypatch):
+    """Each step's rate is the schedule times the peak of its group: a ramp of --warmup steps, then
+    a cosine over the others."""
+    stage, cfg = make(name, steps=7, lr=1e-3, muon_lr=0.02, warmup=3)
     rates, make_optimizers = [], stage.make_optimizers
 
     def watched(*args, **kwargs):
@@ -97,7 +99,7 @@ def test_learning_rate(make, monkeypatch):
 
     monkeypatch.setattr(stage, "make_optimizers", watched)
     run(stage, cfg)
-    scale = [1.0] + [0.55 + 0.45 * math.cos(math.pi * i / 4) for i in range(4)]  # one warm-up step
+    scale = [1 / 3, 2 / 3, 1] + [0.55 + 0.45 * math.cos(math.pi * i / 4) for i in range(4)]
     assert [r[0] for r in rates[::2]] == pytest.approx([1e-3 * s for s in scale])
     assert [r[0] for r in rates[1::2]] == pytest.approx([0.02 * s for s in scale])
 

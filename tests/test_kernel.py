@@ -101,19 +101,22 @@ def test_first_loss_is_ln_v():
         assert all(s == pytest.approx(0.02 / math.sqrt(8), rel=0.1) for s in scaled)
 
 
-def test_llama_frequencies():
+@pytest.mark.parametrize("factor, low, high, context", [(8.0, 1.0, 4.0, 8192),
+                                                        (32.0, 2.0, 7.0, 4096)])
+def test_llama_frequencies(factor, low, high, context):
     """Against the three cases as they stand in the Llama 3.1 description."""
     cfg = GPTConfig(vocab_size=9, block_size=4, n_layer=1, n_head=1, n_embd=64, position="rope",
-                    rope_theta=500000.0, rope_factor=8.0, rope_context=8192)
+                    rope_theta=500000.0, rope_factor=factor, rope_low=low, rope_high=high,
+                    rope_context=context)
     expected = []
     for i in range(32):
         freq = 500000.0 ** (-i / 32)
         wavelength = 2 * math.pi / freq
-        if wavelength > 8192 / 1.0:
-            freq /= 8.0
-        elif wavelength >= 8192 / 4.0:
-            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
-            freq = (1 - smooth) * freq / 8.0 + smooth * freq
+        if wavelength > context / low:
+            freq /= factor
+        elif wavelength >= context / high:
+            smooth = (context / wavelength - low) / (high - low)
+            freq = (1 - smooth) * freq / factor + smooth * freq
         expected.append(freq)
     angles = kernel.rope_angles(cfg)
     assert torch.allclose(angles[1], torch.tensor(expected, dtype=torch.float64), rtol=1e-12)
