@@ -739,126 +739,119 @@ def parse(completion):
     return match and (match[1] or "", match[2].strip())
 
 
-# Words that change the number before them, built by rule: "5 dozen" is not 5. COUNTS change it in
-# the plural as well; the plurals of the others are things that one counts ("5 zeros", "5 kilos").
-CARDINALS = [*"two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+# Words that change the number before them: "5 dozen" is not 5. COUNTS do so in the plural as well;
+# the plurals of the others are things that one counts ("5 zeros", "5 kilos").
+CARDINALS = ("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
              "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty "
-             "ninety hundred thousand lakh lac crore myriad googol milliard".split(),
-             *(start + "illion" for start in "m b tr quadr quint sext sept oct non dec undec duodec "
-               "tredec vigint cent z j baz gaz kaz squ".split())]
+             "ninety hundred thousand lakh lac crore myriad googol milliard").split() + [
+             start + "illion" for start in "m b tr quadr quint sext sept oct non dec z gaz".split()]
 ORDINALS = [re.sub("(ve|t|e|y)$", lambda end: {"ve": "f", "y": "ie"}.get(end[1], ""), word) + "th"
-            for word in CARDINALS]
-MULTIPLES = ["halve", "double", "redouble", "triple", "treble", "decuple",
-             *(start + "uple" for start in "quadr quint sext sept oct non cent".split())]
-GROUPS = ("dozen score gross pair couple brace duo trio quartet quintet sextet septet octet nonet "
-          "triplet quadruplet quintuplet sextuplet septuplet octuplet").split()
-PREFIXES = ("kilo hecto deca deka deci centi milli micro nano pico femto atto zepto yocto mega giga "
-            "tera peta exa zetta yotta").split()
-COUNTS = [*CARDINALS, *ORDINALS, *MULTIPLES, *GROUPS, "half", "quarter", "third", "nth", "grand",
-          *"thou mil mln mio mn bil bln bn tril trln trn tn".split(),
+            for word in CARDINALS]                       # fif-th, eigh-th, nin-th, twentie-th
+MULTIPLES = ("halve double triple treble quadruple quintuple sextuple septuple octuple nonuple "
+             "decuple centuple").split()
+GROUPS = ("dozen score gross pair couple brace duo trio quartet quintet sextet septet octet "
+          "triplet quadruplet quintuplet sextuplet").split()
+PREFIXES = ("kilo mega giga tera peta exa zetta yotta hecto deca deka deci centi milli micro nano "
+            "pico femto atto").split()
+COUNTS = [*CARDINALS, *ORDINALS, *MULTIPLES, *GROUPS,
+          *"half quarter third nth grand thou mil mln mio mn bil bln bn tril trln trn tn".split(),
           *(prefix + coin for prefix in PREFIXES for coin in ("dollar", "buck", "euro", "pound"))]
-CHANGES = {*COUNTS, *(re.sub("y$", "ie", word) + "s" for word in COUNTS), "halves", "sixes",
-           *(word + "d" for word in MULTIPLES), *(word[:-1] + "ing" for word in MULTIPLES),
-           *(word + "fold" for word in CARDINALS), *PREFIXES,
+CHANGES = {*COUNTS, *(re.sub("y$", "ie", word) + "s" for word in COUNTS), "sixes", *PREFIXES,
+           *(word[:-1] + end for word in MULTIPLES for end in ("ed", "ing")),
+           *(word + "fold" for word in CARDINALS),
            *"one zero twice thrice quartered squared cubed factorial reciprocal inverse inverted "
            "recurring repeating th ths minus plus negative negated below under beneath subzero "
            "divided multiplied modulo or nor not binary octal hex hexadecimal mille alpha beta "
            "gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau "
            "upsilon phi chi omega".split()}
-
-# Names of one unit, the full one first. LETTERS are units only where both answers have one, or
-# after "per": beside a bare 5, "5 m" may be five million, and "5 g" algebra.
+# Names of one unit. LETTERS are units only where both answers have one, or after "per": beside a
+# bare 5, "5 m" may be five million, and "5 g" algebra.
 UNITS = ("hour hr/minute min/second sec/week wk/month mo/year yr/inch in/foot ft feet/yard yd/"
-         "mile mi/pound lb/ounce oz/gallon gal/quart qt/pint pt/teaspoon tsp/tablespoon tbsp/"
-         "percent pct/dollar usd buck/euro eur/cent/degree deg/square sq/cubic cu/calorie cal/"
-         "person people/child children/penny pence/tooth teeth/goose geese/mouse mice/am/pm/"
-         "kilogram kilo/celsius/fahrenheit").split("/")
-UNITS = {short: names.split()[0] for names in UNITS for short in names.split()}
-LETTERS = {"h": "hour", "d": "day", "C": "celsius", "F": "fahrenheit", "L": "liter"}
-for bases, prefixes in (("meter m/gram g/liter l/second s",
-                         "kilo k/deci d/centi c/milli m/micro u/nano n"),
-                        ("watt W/byte B/volt V", "kilo k/mega m/giga g/tera t")):
-    for base, letter in map(str.split, bases.split("/")):
-        UNITS[base] = LETTERS[letter] = base
-        for prefix, first in map(str.split, prefixes.split("/")):
-            UNITS[prefix + base] = UNITS[first + letter.lower()] = prefix + base
-RATES = {"mph": "miles per hour", "mpg": "miles per gallon", "kph": "kilometers per hour",
-         "kmh": "kilometers per hour", "per cent": "percent", "%": "percent", "°": "degrees",
-         "$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees", "¢": "cents",
-         "/": "per"}
-SPELL = re.compile(r"\b(?:mph|mpg|kph|kmh|per cent)\b|[%°$€£¥₹¢/]")
+         "mile mi/pound lb/ounce oz/gallon gal/quart qt/pint pt/teaspoon tsp/tablespoon tbsp/cent/"
+         "percent pct/dollar usd buck/euro eur/degree deg/square sq/cubic cu/calorie cal/am/pm/"
+         "person people/child children/penny pence/tooth teeth/goose geese/mouse mice/hertz hz/"
+         "meter/gram gramme/liter/watt/byte/volt/kilogram kilo/celsius/fahrenheit").split("/")
+UNITS = {short: names.split()[0] for names in UNITS for short in names.split()} | {
+    "mph": "mile per hour", "kph": "kilometer per hour", "kmh": "kilometer per hour",
+    "mpg": "mile per gallon", "cc": "cubic centimeter"} | {
+    short: prefix + base for bases, prefixes in (
+        ("meter gram liter second", "kilo deci centi milli nano"),
+        ("watt byte volt", "kilo mega giga tera"))
+    for base in bases.split() for prefix in prefixes.split()
+    for short in (prefix + base, prefix[0] + base[0])}
+LETTERS = {name[0]: name for name in ("meter gram liter second hour day watt byte volt celsius "
+                                      "fahrenheit").split()}
+SYMBOLS = {"$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees", "¢": "cents",
+           "%": "percent", "°": "degrees", "/": "per"}
 UNIT = re.compile(r"( ?)([a-zà-ÿ]+(?:['-][a-zà-ÿ]+)*)\.?(\^[23]| squared| cubed)?")
 
-# Before anything is compared: one character for its twins, LaTeX as plain text, no wrapping.
-TWINS = str.maketrans(dict(zip("−‐‑‒–—⁄∕×·⋅º∘µμ‘’“”", "------//***°°uu''\"\"")) | {
-    chr(0xFF01 + i): chr(0x21 + i) for i in range(94)} | {c: "" for c in "\u200b\u2060\ufeff"} | {
+# One character for all of its twins, one spelling for all of LaTeX's, nothing wrapped around.
+TWINS = str.maketrans(dict(zip("−‐‑‒–—⁄∕×·⋅º∘‘’“”", "------//***°°''\"\"")) | {
+    chr(0xFF01 + i): chr(0x21 + i) for i in range(94)} | dict.fromkeys("\u200b\u2060\ufeff", "") | {
     c: f" {n}/{d}" for c, n, d in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")})
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
-LATEX = [(r"\\[cdt]frac", r"\\frac"), (r"\{,\}|(?<=,)\\! ?", lambda m: m[0].strip("{}\\! ")),
-         (r"\\frac ?(?:\{ ?(-?\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))", r" \1\2/\3\4"),
-         (r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal)?|mbox|operatorname) ?\{([^{}]*)\}", r" \1"),
-         (r"\^ ?(?:°|\\circ|\{(?:°|\\circ)\})|\\degree", "°"), (r"([_^])\{(\w)\}", r"\1\2"),
-         (r"\\left|\\right|\\[!,;:]", ""), (r"~|(?<!\\)\\ ", " "), (r"\\([$%])", r"\1")]
+SPELLINGS = [
+    (r"\\[cdt]frac", r"\\frac"), (r"\{,\}", ","), (r"(?<=,)\\! ?", ""), ("(?i)per cent", "percent"),
+    (r"\\frac ?(?:\{ ?(-?\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))", r" \1\2/\3\4"),
+    (r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal)?|mbox|operatorname) ?\{([^{}]*)\}", r" \1"),
+    (r"\^ ?(?:°|\\circ|\{(?:°|\\circ)\})|\\degree", "°"), (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"\\left|\\right|\\[!,;:]", ""), (r"~|(?<!\\)\\ ", " "), (r"\\([$%])", r"\1"),
+    (r"(?i)(met|lit)re", r"\1er"), (r"(?i)(?<=[0-9 ][ap])\.m\b", "m")]
 WRAPPED = re.compile(r"""(?:\$(.*)\$ | \\boxed\ ?\{(.*)\} | \\\((.*)\\\) | \\\[(.*)\\\]
     | \(([^(),\[\]]*)\) | ([A-Za-z])[):] | ([*_`"']{1,3})(.+)\7)\.?""", re.VERBOSE)
 NAMED = re.compile(r"(\\?[A-Za-z]\w*) ?= ?([^=]+)")
-NUMBER = re.compile(r"""
-    ([$€£¥₹]?)\ ?([+-]?)\ ?([$€£¥₹]?)\ ?                     # $5, -$5, $-5
-    (?:(\d+)\ (?=\d+/))?                                    # the 1 of 1 1/2
+NUMBER = re.compile(r"""([$€£¥₹]?)\ ?([+-]?)\ ?([$€£¥₹]?)\ ?(?:(\d+)\ (?=\d+/))?
     ((?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3}(?!\d))?)
-    (?:/(\d+))?(.*)                                         # what follows is up to `unit`
-    """, re.VERBOSE | re.ASCII)
+    (?:/(\d+))?(.*)""", re.VERBOSE | re.ASCII)
 
 
 def plain(text):
     """**(A).** -> A; \\boxed{\\dfrac12} -> 1/2; "blue." -> blue; the rest stays as it is."""
     text = re.sub("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))", "", text.translate(TWINS))
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: "^" + m[0].translate(RAISED), " ".join(text.split()))
-    for pattern, new in LATEX:
+    for pattern, new in SPELLINGS:
         text = re.sub(pattern, new, text)
     text = " ".join(text.split())
-    for _ in range(8):                                   # no text can ask for more than 8 rounds
-        found = WRAPPED.fullmatch(text)
-        text = found[found.lastindex].strip() if found else text
+    rounds = 8                                     # a rollout may open any number of wrappings
+    while rounds and (found := WRAPPED.fullmatch(text)):
+        text, rounds = found[found.lastindex].strip(), rounds - 1
     return text.removesuffix(".").strip()
 
 
 def named(text):
-    """The answer without LaTeX and wrapping -> ("x" of x = 5, or "", the rest)."""
+    """"x = 5" -> ("x", "5"); "\\boxed{5}" -> ("", "5")."""
     found = NAMED.fullmatch(text := plain(text))
     return (found[1], plain(found[2])) if found else ("", text)
 
 
-def singular(word):
-    """One form for a noun and its plural, no real word always: boxes, box -> box; size -> siz."""
-    word = re.sub(r"s+$", "", re.sub(r"(?<=[sxzo])es?$|(?<=[cs]h)es?$", "", word))
-    return re.sub(r"men$", "man", re.sub(r"[fv]e?$", "f", re.sub(r"ie$", "y", word)))
-
-
 def unit(said, letters):
-    """" sq. ft/hr" -> "square foot per hour", "" -> ""; None if a word changes the number before
-    it (5 dozen), or there is no word (5x, 5 7)."""
+    """" sq. ft/hrs" -> "square foot per hour", "" -> ""; None if a word changes the number before
+    it (5 dozen), or there is no word (5x, 5 7). Plurals lose their end: boxes, box -> box."""
     names = []
     for gap, word, power in UNIT.findall(said):
-        one, after = singular(word), names[-1:]
-        known = UNITS.get(word) or UNITS.get(one) or word == one == ""
-        if len(word) == 1 and (word != "a" or not names):
-            if word not in LETTERS or not (letters or after in (["per"], ["degree"])):
+        one = re.sub(r"s+$", "", re.sub(r"(?<=[sxzo])es?$|(?<=[cs]h)es?$", "", word))
+        one = re.sub(r"men$", "man", re.sub(r"[fv]e?$", "f", re.sub(r"ie$", "y", one)))
+        known, after = UNITS.get(word) or UNITS.get(one), names[-1:]
+        if word in ("a", "an") and names:
+            known = "per"
+        elif len(word) == 1:
+            known = (letters or after in (["per"], ["degree"])) and LETTERS.get(word)
+            if not known:
                 return None
-            known = LETTERS[word]
         rate = word in GROUPS and after == ["per"] != names             # 5 dollars per dozen
-        if not known and (power or not gap) or not rate and CHANGES & {*re.split("['-]", word)}:
+        if not known and not gap or not rate and CHANGES & {*re.split("['-]", word)}:
             return None
+        if power and not (known or "").endswith(("meter", "inch", "foot", "yard", "mile",
+        "second")):
+            return None                            # 5 squared, 5 dollars squared
         power = power and ("square " if power in ("^2", " squared") else "cubic ")
-        name = power + ("per" if word in ("a", "an") and names else known or one)
-        names += [name] * ([name] != after)
+        names += [power + (known or one)] * (after != [known or one])
     return None if UNIT.sub("", said).strip() else " ".join(names)
 
 
-def read(text):
-    """"$1,234.5 an hour" -> (Fraction, " dollars an hour"); None where no number begins."""
-    text = named(text)[1].lower()
-    text = re.sub(r"^(\D{0,4})10(?=\^|\*\*)", r"\g<1>1*10", text) if len(text) <= 100 else ""
+def read(text, letters=False):
+    """A plain text -> its (value, unit, words of the unit), or None: see `quantity`."""
+    text = re.sub(r"^(\D{0,4})10(?=\^|\*\*)", r"\g<1>1*10", text.lower()) if len(text) < 101 else ""
     text = re.sub(r"(?<=\d) ?(?:x|\*|\\times|\\cdot) ?10(?:\^|\*\*)[{(]?([+-]?\d{1,3})(?!\d)[)}]?",
                   r"e\1", text)
     match = NUMBER.fullmatch(text)
@@ -866,22 +859,22 @@ def read(text):
         return None
     before, sign, after, whole, top, bottom, rest = (part or "" for part in match.groups())
     value = Fraction(top.replace(",", "")) / int(bottom or 1) + int(whole or 0)
-    words = SPELL.sub(lambda m: f" {RATES[m[0]]} ", re.sub(r"\b([ap])\.m\b", r"\1m", rest))
-    words = re.sub(" +", " ", "".join(f" {RATES[c]} " for c in before + after) + words).rstrip()
-    return -value if sign == "-" else value, words.replace("metre", "meter").replace("litre", "liter")
+    words = re.sub(r"[%°$€£¥₹¢/]", lambda m: f" {SYMBOLS[m[0]]} ", rest).rstrip().replace("  ", " ")
+    if (before or after) and words[:1].isalpha():                       # $5k
+        return None
+    words = "".join(f" {SYMBOLS[symbol]}" for symbol in before + after) + words
+    name = unit(words, letters)
+    return None if name is None else (-value if sign == "-" else value, name, words)
 
 
-def quantity(text, letters=False):
+def quantity(text):
     """A number, perhaps with a unit -> (Fraction, "mile per hour" or ""); None for anything else.
-    As people write them, all read:
 
-        1,000   1{,}000   -7   -$7   .5   1/2   1 1/2   \\frac{1}{2}   4.5e33   1.0 \\times 10^3
-        $18.90   50%   5cm   15 cm^2   60 miles per hour   72 clips in May   x = 5   **5**   \\(5\\)
-    and not:
-        12,34   5x   5 dozen   7 8   7 or 8   6+1   about 5   5 below   1/0"""
-    found = read(text)
-    name = unit(found[1], letters) if found else None
-    return None if name is None else (found[0], name)
+    read:     1,000  1{,}000  -7  -$7  .5  1/2  1 1/2  \\frac{1}{2}  4.5e33  1.0 \\times 10^3  10^3
+              $18.90  50%  5cm  15 cm^2  60 miles per hour  72 clips in May  x = 5  **5**  \\(5\\)
+    not read: 12,34  5x  5k  5 dozen  5 below  5 and a half  7 8  7 or 8  6+1  about 5  1/0"""
+    found = read(named(text)[1])
+    return found and found[:2]
 
 
 def number(text):
@@ -890,40 +883,42 @@ def number(text):
 
 
 def canonical(text):
-    """One spelling of a number and its unit, for prepared answers: "5.4 \\text{ cents}" ->
-    "5.4 cents", "$1,000" -> "1000 dollars", "\\frac12" -> "1/2"; None where `quantity` is."""
-    if quantity(text) is None:
+    """One spelling of a number and its unit: "5.40 \\text{ cents}" -> "5.4 cents", "$1,000" ->
+    "1000 dollars", "\\frac12" -> "1/2"; None where `quantity` is None."""
+    if (found := read(named(text)[1])) is None:
         return None
-    value, words = read(text)
+    value, _, words = found
     if "." in text and 10**100 % value.denominator == 0:
         value = format(Context(prec=2000).divide(value.numerator, value.denominator), "f")
     return f"{value}{words}"
 
 
 def wording(text):
-    """What is no number, to the letter, but for spaces at signs and the case of plain words."""
-    text = re.sub(r" ?([^\w ]) ?", r"\1", named(text)[1])
-    words = re.fullmatch(r"[^\W\d_]|[^\W\d_]{2,}(?:[ ,.'-][^\W\d_]{2,})*", text)
+    """A plain text, to the letter but for spaces at signs and the case of mere words."""
+    text = re.sub(r" ?([^\w ]) ?", r"\1", text)
+    words = re.fullmatch(r"[^\W\d_]|(?:[\d.,]+ )?[^\W\d_]{2,}(?:[ ,.'-][^\W\d_]{2,})*", text)
     return text.casefold() if words else text
 
 
 def vote_key(text):
-    """What maj@k counts: answers with equal keys are one vote. 5 km is not 5 miles, nor 5."""
-    return quantity(text, letters=True) or wording(text)
+    """Answers with equal keys are one vote of maj@k. 5 km is 5 kilometers, not 5 miles nor 5."""
+    text = named(text)[1]
+    found = read(text, letters=True)
+    return found[:2] if found else wording(text)
 
 
 def right(said, answer):
-    """Is what was said this answer? A list holds alternatives; a number may come as a number."""
+    """Is what was said this answer? A list holds alternatives; numbers may come as numbers."""
     if isinstance(answer, list):
         return any(right(said, one) for one in answer)
-    answer = str(answer).rpartition("####")[2]
-    names = {named(text)[0] for text in (said, answer)} - {""}
+    (x, said), (y, answer) = named(said), named(str(answer).rpartition("####")[2])
+    if x and y and x != y:
+        return False
     for letters in (False, True):
-        a, b = quantity(said, letters), quantity(answer, letters)
+        a, b = read(said, letters), read(answer, letters)
         if a and b:
-            one_bare = not letters and not (a[1] and b[1])
-            return a[0] == b[0] and (a[1] == b[1] or one_bare) and len(names) < 2
-    return not (a or b) and wording(said) == wording(answer) != "" and len(names) < 2
+            return a[0] == b[0] and (a[1] == b[1] or not letters and not (a[1] and b[1]))
+    return not (a or b) and wording(said) == wording(answer) != ""
 
 
 def verify(completion, answer):
