@@ -895,7 +895,7 @@ def canonical(text):
 
 def wording(text):
     """A plain text, to the letter but for spaces at signs and the case of mere words."""
-    text = re.sub(r" ?([^\w ]) ?", r"\1", text)
+    text = re.sub(r"(?<=[^\w ]) | (?=[^\w ])", "", text)
     words = re.fullmatch(r"[^\W\d_]|(?:[\d.,]+ )?[^\W\d_]{2,}(?:[ ,.'-][^\W\d_]{2,})*", text)
     return text.casefold() if words else text
 

@@ -59,11 +59,11 @@ CASES = {
         ("30°C", "30 degrees Celsius", 1), ("30°", "30°C", 0), ("5 red apples", "5 apples", 0)],
     "words that change the number are no units": [
         *((f"5 {word}", "5", 0) for word in (
-            "hundred thousand million billion quintillion zillion bn mn mln mil tn lakh lakhs crore "
-            "grand milliard myriad tens hundreds gross pair pairs couple couples score dozens trios "
-            "ten twenty seven one fives sixes nineties twenty-one half halves third quarters fifths "
-            "eighth ninths tenths eleventh twelfths thirteenths twentieth thirtieths hundredths "
-            "millionths tenfold threefold hundredfold double doubled tripling quadrupled halved "
+            "hundred thousand million billion quintillion zillion bn mn mln mil tn lakh lakhs "
+            "crore grand milliard myriad tens hundreds gross pair pairs couple couples score "
+            "dozens trios ten twenty seven one fives sixes nineties twenty-one half halves third "
+            "quarters fifths eighth ninths tenths eleventh twelfths thirteenths twentieth thirtieths "
+            "hundredths millionths tenfold threefold hundredfold double doubled tripling quadrupled halved "
             "twice thrice kilo mega milli micro megabucks kilodollars minus negative below squared "
             "cubed factorial pi theta recurring binary not").split()),
         ("5 below zero", "5", 0), ("5 and a half", "5", 0), ("5 clips and a half", "5", 0),
@@ -239,7 +239,6 @@ def test_time_is_linear(piece):
         text = piece * (length // len(piece))
         begun = time.process_time()
         kernel.verify(f"<think>{text}</think><answer>{text}</answer><|end|>", text)
-        kernel.verify(SAY.format(text), "#### " + text)
         return time.process_time() - begun
     assert seconds(200_000) < 20 * min(seconds(25_000) for _ in range(2)) + 0.05
 
