@@ -743,14 +743,13 @@ def parse(completion):
 # the plurals of the others are things that one counts ("5 zeros", "5 kilos").
 CARDINALS = ("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
              "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty "
-             "ninety hundred thousand lakh lac crore myriad googol milliard").split() + [
-             start + "illion" for start in "m b tr quadr quint sext sept oct non dec z gaz".split()]
+             "ninety hundred thousand million milliard lakh lac crore myriad googol").split()
 ORDINALS = [re.sub("(ve|t|e|y)$", lambda end: {"ve": "f", "y": "ie"}.get(end[1], ""), word) + "th"
             for word in CARDINALS]                       # fif-th, eigh-th, nin-th, twentie-th
 MULTIPLES = ("halve double triple treble quadruple quintuple sextuple septuple octuple nonuple "
              "decuple centuple").split()
 GROUPS = ("dozen score gross pair couple brace duo trio quartet quintet sextet septet octet "
-          "triplet quadruplet quintuplet sextuplet").split()
+          "triplet quadruplet quintuplet").split()
 PREFIXES = ("kilo mega giga tera peta exa zetta yotta hecto deca deka deci centi milli micro nano "
             "pico femto atto").split()
 COUNTS = [*CARDINALS, *ORDINALS, *MULTIPLES, *GROUPS,
@@ -829,6 +828,7 @@ def unit(said, letters):
     it (5 dozen), or there is no word (5x, 5 7). Plurals lose their end: boxes, box -> box."""
     names = []
     for gap, word, power in UNIT.findall(said):
+        word = re.sub(r"[a-z]+illion", "million", word)                 # bi-, zi-, quattuordec-
         one = re.sub(r"s+$", "", re.sub(r"(?<=[sxzo])es?$|(?<=[cs]h)es?$", "", word))
         one = re.sub(r"men$", "man", re.sub(r"[fv]e?$", "f", re.sub(r"ie$", "y", one)))
         known, after = UNITS.get(word) or UNITS.get(one), names[-1:]

@@ -34,6 +34,8 @@ CASES = {
         ("5 dollars a day", "5", 1), ("5 hens", "5", 1), ("5 tents", "5", 1), ("5 tenses", "5", 1),
         ("5 tenants", "5", 1), ("5 seconds", "5", 1), ("5 millionaires", "5", 1),
         ("5 scoreboards", "5", 1), ("5 quarterbacks", "5", 1), ("5 stallions", "5", 1),
+        ("5 medallions", "5", 1), ("5 pavilions", "5", 1),
+       
         ("5 zeros", "5", 1), ("5 ones", "5", 1), ("5 kilos", "5", 1), ("5 decades", "5", 1),
         ("5 microscopes", "5", 1), ("5 centipedes", "5", 1), ("5 canteens", "5", 1),
         ("5 foldables", "5", 1), ("5 times", "5", 1), ("5 fewer", "5", 1), ("5 t-shirts", "5", 1),
@@ -59,13 +61,14 @@ CASES = {
         ("30°C", "30 degrees Celsius", 1), ("30°", "30°C", 0), ("5 red apples", "5 apples", 0)],
     "words that change the number are no units": [
         *((f"5 {word}", "5", 0) for word in (
-            "hundred thousand million billion quintillion zillion bn mn mln mil tn lakh lakhs "
-            "crore grand milliard myriad tens hundreds gross pair pairs couple couples score "
-            "dozens trios ten twenty seven one fives sixes nineties twenty-one half halves third "
-            "quarters fifths eighth ninths tenths eleventh twelfths thirteenths twentieth thirtieths "
-            "hundredths millionths tenfold threefold hundredfold double doubled tripling quadrupled halved "
-            "twice thrice kilo mega milli micro megabucks kilodollars minus negative below squared "
-            "cubed factorial pi theta recurring binary not").split()),
+            "hundred thousand million billion quintillion squillions bn mn mln mil tn lakh "
+            "lakhs crore grand milliard myriad tens hundreds gross pair pairs couple couples "
+            "score dozens trios ten twenty seven one fives sixes nineties twenty-one half "
+            "halves third quarters fifths eighth ninths tenths eleventh twelfths thirteenths "
+            "twentieth thirtieths hundredths millionths tenfold threefold hundredfold double "
+            "doubled tripling quadrupled halved twice thrice kilo mega milli micro megabucks "
+            "kilodollars minus negative below squared cubed factorial pi theta recurring binary "
+            "not").split()),
         ("5 below zero", "5", 0), ("5 and a half", "5", 0), ("5 clips and a half", "5", 0),
         ("5 half-dozen clips", "5", 0), ("5 point five", "5", 0), ("5 degrees below", "5", 0),
         ("5 dollars squared", "5", 0), ("$5 million", "5", 0), ("$5 squared", "5", 0),
