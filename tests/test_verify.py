@@ -35,7 +35,6 @@ CASES = {
         ("5 tenants", "5", 1), ("5 seconds", "5", 1), ("5 millionaires", "5", 1),
         ("5 scoreboards", "5", 1), ("5 quarterbacks", "5", 1), ("5 stallions", "5", 1),
         ("5 medallions", "5", 1), ("5 pavilions", "5", 1),
-       
         ("5 zeros", "5", 1), ("5 ones", "5", 1), ("5 kilos", "5", 1), ("5 decades", "5", 1),
         ("5 microscopes", "5", 1), ("5 centipedes", "5", 1), ("5 canteens", "5", 1),
         ("5 foldables", "5", 1), ("5 times", "5", 1), ("5 fewer", "5", 1), ("5 t-shirts", "5", 1),
