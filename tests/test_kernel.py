@@ -481,10 +481,10 @@ A, E = "<answer>{}</answer>", "<|end|>"
     # wrong
     (A.format(8) + E, "7", 0), (A.format("-7") + E, "7", 0), (A.format("") + E, "7", 0),
     (A.format("7 or 8") + E, "7", 0), (A.format("77") + E, "7", 0),
-    (A.format("Blue") + E, "blue", 0),
+    (A.format("Blue") + E, "blue", 1),
     (A.format("12,34") + E, "1234", 0), (A.format("1/0") + E, "7", 0),
     (A.format("7/7/7") + E, "7", 0),
-    (A.format("1e1") + E, "10", 0), (A.format("seven") + E, "7", 0), (A.format("7=7") + E, "7", 0),
+    (A.format("1e1") + E, "1", 0), (A.format("seven") + E, "7", 0), (A.format("7=7") + E, "7", 0),
     (A.format("0.3333") + E, "1/3", 0), (A.format("7 8") + E, "78", 0),
     (A.format("1/0") + E, "0", 0),
     ("<think>7</think>" + A.format(8) + E, "7", 0),
