@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from model import (autocast, encode_rows, fail, generate, file_hashes, load, number, pad, parse,
+from answers import number
+from model import (autocast, encode_rows, fail, generate, file_hashes, load, pad, parse,
                    init_distributed, read_rows, read_tokens, shift, split, verify, write_text)
 
 STAGES = ["00_pretrain", "01_sft", "02_cot", "03_dpo", "04_rlvr", "05_ppo", "06_reward"]

@@ -24,7 +24,8 @@ from decimal import Decimal
 
 import numpy as np
 
-from model import (TAGS, Tokenizer, cannot_write, fail, load_tokenizer, number,
+from answers import number
+from model import (TAGS, Tokenizer, cannot_write, fail, load_tokenizer,
                    read_checkpoint)
 
 # ---------------------------------------------------------------------------- writing

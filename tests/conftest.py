@@ -26,7 +26,7 @@ import model as kernel  # noqa: E402
 STAGES = [name for name in ("00_pretrain", "01_sft", "02_cot", "03_dpo", "04_rlvr", "06_reward",
                             "05_ppo") if (ROOT / f"{name}.py").exists()]
 SIBLINGS = sorted(f"{path.parent.name}/{path.stem}" for folder in ("RL", "DPO")
-                  for path in (ROOT / folder).glob("*.py") if path.name != "model.py")
+                  for path in (ROOT / folder).glob("*.py") if not path.is_symlink())
 SCRIPTS = STAGES + SIBLINGS
 TEXT = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 TRAIN = {name: re.search(r'^    train: str = "([^"]*)"', TEXT[name], re.MULTILINE)[1]
@@ -223,7 +223,7 @@ def preparers():
     finally:
         sys.path.remove(str(ROOT / "data"))
         for path in (ROOT / "data").glob("*.py"):
-            if path.stem != "model":
+            if not path.is_symlink():
                 sys.modules.pop(path.stem, None)
 
 

@@ -218,62 +218,62 @@ put("sign-of-the-answer", "the minus is stripped with the spaces around a number
     "return match and (match[1] or \"\", match[2].strip(\" \\n-\"))", "kernel.py::test_verify")
 
 put("words-by-their-beginning", "a word that begins like a number word counts as one: 5 tents",
-    "model.py", "CHANGES & {*re.split(\"['-]\", word)}",
+    "answers.py", "CHANGES & {*re.split(\"['-]\", word)}",
     "any(word.startswith(w) for w in CHANGES)", "verify.py::test_whole_words_change_a_number")
 
 put("first-word-alone", "only the word beside the number is looked at: 5 clips and a half is 5",
-    "model.py", "or not rate and CHANGES &", "or not names and CHANGES &",
+    "answers.py", "or not rate and CHANGES &", "or not names and CHANGES &",
     "verify.py::test_answers")
 
-put("no-plurals", "5 ten is no number, 5 tens is", "model.py",
+put("no-plurals", "5 ten is no number, 5 tens is", "answers.py",
     "*(re.sub(\"y$\", \"ie\", word) + \"s\" for word in COUNTS)", "*COUNTS",
     "verify.py::test_the_rule_reaches_every_member")
 
-put("fractions-by-hand", "5 twelfths is 5: the ordinals lose a letter", "model.py",
+put("fractions-by-hand", "5 twelfths is 5: the ordinals lose a letter", "answers.py",
     "{\"ve\": \"f\", \"y\": \"ie\"}.get(end[1], \"\")", "end[1]",
     "verify.py::test_the_rule_reaches_every_member")
 
 put("letters-as-units", "5 m beside a bare 5 is 5 meters, although it may be five million",
-    "model.py", "not letters and not (a[1] and b[1])", "not (a[1] and b[1])",
+    "answers.py", "not letters and not (a[1] and b[1])", "not (a[1] and b[1])",
     "verify.py::test_answers")
 
-put("units-unread", "5 miles is 5 km", "model.py", "return a[0] == b[0] and (a[1] == b[1] or",
+put("units-unread", "5 miles is 5 km", "answers.py", "return a[0] == b[0] and (a[1] == b[1] or",
     "return a[0] == b[0] and (True or", "verify.py::test_answers")
 
-put("units-required", "72 is not 72 clips, so bare answers are never right", "model.py",
+put("units-required", "72 is not 72 clips, so bare answers are never right", "answers.py",
     "(a[1] == b[1] or not letters and not (a[1] and b[1]))", "a[1] == b[1]",
     "verify.py::test_right_before_is_right_now")
 
-put("scale-after-a-currency", "$5k is 5", "model.py",
+put("scale-after-a-currency", "$5k is 5", "answers.py",
     "if (before or after) and words[:1].isalpha():", "if False:", "verify.py::test_answers")
 
-put("squared-dollars", "5 dollars squared is 5", "model.py",
+put("squared-dollars", "5 dollars squared is 5", "answers.py",
     "if power and not (known or \"\").endswith(", "if power and not known and not (\"\").endswith(",
     "verify.py::test_answers")
 
-put("exponent-cut", "10^35 is read as 10^3", "model.py",
+put("exponent-cut", "10^35 is read as 10^3", "answers.py",
     "[{(]?([+-]?\\d{1,3})(?!\\d)[)}]?\"", "[{(]?([+-]?\\d{1,1})\\d*[)}]?\"",
     "verify.py::test_answers")
 
-put("another-variable", "y = 5 answers x = 5", "model.py", "if x and y and x != y:", "if False:",
+put("another-variable", "y = 5 answers x = 5", "answers.py", "if x and y and x != y:", "if False:",
     "verify.py::test_answers")
 
-put("case-of-symbols", "P-Q is p-q", "model.py", "return text.casefold() if words else text",
+put("case-of-symbols", "P-Q is p-q", "answers.py", "return text.casefold() if words else text",
     "return text.casefold()", "verify.py::test_answers")
 
-put("first-alternative-alone", "of a list of right answers only the first counts", "model.py",
+put("first-alternative-alone", "of a list of right answers only the first counts", "answers.py",
     "any(right(said, one) for one in answer)", "any(right(said, one) for one in answer[:1])",
     "verify.py::test_answers")
 
-put("votes-without-units", "5 miles and 5 km are one vote", "model.py",
+put("votes-without-units", "5 miles and 5 km are one vote", "answers.py",
     "return found[:2] if found else wording(text)", "return found[0] if found else wording(text)",
     "verify.py::test_votes_keep_their_units")
 
-put("prepared-without-units", "a prepared answer of 5.4 cents is 5.4", "model.py",
+put("prepared-without-units", "a prepared answer of 5.4 cents is 5.4", "answers.py",
     "return f\"{value}{words}\"", "return f\"{value}\"",
     "verify.py::test_prepared_answers_keep_their_units")
 
-put("unwrapped-without-end", "a thousand nested boxes take a thousand rounds", "model.py",
+put("unwrapped-without-end", "a thousand nested boxes take a thousand rounds", "answers.py",
     "    while rounds and (found :=", "    while (found :=", "verify.py::test_time_is_linear")
 
 # ---------------------------------------------------------------------------- sums and counts

@@ -16,7 +16,7 @@ def test_diff_guide_is_fresh():
     assert (ROOT / "docs/diffs.md").read_text() == diffs.guide(), "run python docs/diffs.py"
     siblings = {new for _, new, _ in diffs.GUIDE}
     on_disk = {str(p.relative_to(ROOT)) for d in ("RL", "DPO") for p in (ROOT / d).glob("*.py")}
-    assert on_disk - {"RL/model.py", "DPO/model.py"} <= siblings
+    assert on_disk - {f"{d}/{m}.py" for d in ("RL", "DPO") for m in ("model", "answers")} <= siblings
 
 
 def test_readme_has_the_recorded_figures():

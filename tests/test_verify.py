@@ -2,6 +2,7 @@
 import time
 
 import pytest
+import answers
 from conftest import kernel
 
 SAY = "<think>so</think><answer>{}</answer><|end|>"
@@ -188,7 +189,7 @@ def test_enough_cases():
 def test_whatever_is_said_is_judged_at_once(text):
     """A rollout may say anything: no exception, no regular expression that runs away."""
     assert kernel.verify(SAY.format(text), "72") == 0
-    assert kernel.number(text) is None
+    assert answers.number(text) is None
 
 
 NEAR = [("5 lakh", "5 lake"), ("5 tens", "5 tents"), ("5 score", "5 scorers"), ("5 pi", "5 pies"),
@@ -199,18 +200,18 @@ NEAR = [("5 lakh", "5 lake"), ("5 tens", "5 tents"), ("5 score", "5 scorers"), (
 @pytest.mark.parametrize("changes, counts", NEAR)
 def test_whole_words_change_a_number(changes, counts):
     """A word that only begins like one, or differs in a letter, is a thing that one counts."""
-    assert kernel.number(changes) is None and kernel.number(counts) == 5
+    assert answers.number(changes) is None and answers.number(counts) == 5
 
 
 def test_the_rule_reaches_every_member():
     """Each number word as it is, as a plural, a fraction, many of them, and many times."""
-    for word in kernel.CARDINALS + kernel.ORDINALS + kernel.MULTIPLES + kernel.GROUPS:
+    for word in kernel.CARDINALS + answers.ORDINALS + kernel.MULTIPLES + kernel.GROUPS:
         plural = word[:-1] + "ies" if word.endswith("y") else word + "s"
         for form in (word, plural, word.upper(), "and-" + word, "clips " + word):
-            assert kernel.number(f"5 {form}") is None, form
+            assert answers.number(f"5 {form}") is None, form
     fractions = "fourth fifth eighth ninth twelfth twentieth ninetieth thousandth millionth".split()
-    assert set(fractions) <= set(kernel.ORDINALS)
-    assert not set(kernel.UNITS) & kernel.CHANGES - {"kilo"}          # no unit is lost to the table
+    assert set(fractions) <= set(answers.ORDINALS)
+    assert not set(answers.UNITS) & answers.CHANGES - {"kilo"}     # no unit is lost to the table
 
 
 # What was 1 before the words were read as words: it must stay so, by (said, gold).
@@ -251,10 +252,10 @@ def test_prepared_answers_keep_their_units():
              "0.0000672": "0.0000672", "7.5/7": "15/14", "5 hrs": "5 hrs", "$5 per hour":
              "5 dollars per hour", "10\\%": "10 percent", "x=5": "5", "5e3": "5000"}
     for text, plain in shown.items():
-        assert kernel.canonical(text) == plain
-        assert kernel.quantity(plain) == kernel.quantity(text) is not None
-    assert kernel.canonical("5 dozen") is None and kernel.canonical("blue") is None
-    assert kernel.verify(SAY.format("$5.40"), kernel.canonical("5.4 \\text{ cents}")) == 0
+        assert answers.canonical(text) == plain
+        assert answers.quantity(plain) == answers.quantity(text) is not None
+    assert answers.canonical("5 dozen") is None and answers.canonical("blue") is None
+    assert kernel.verify(SAY.format("$5.40"), answers.canonical("5.4 \\text{ cents}")) == 0
 
 
 def test_votes_keep_their_units():
@@ -262,7 +263,7 @@ def test_votes_keep_their_units():
     "a"],
             ["12 h", "12 hours", "12hrs"], ["Blue", "blue."], ["x+2",
             "x + 2"], ["5 m"], ["5 million"]]
-    keys = [{kernel.vote_key(text) for text in group} for group in same]
+    keys = [{answers.vote_key(text) for text in group} for group in same]
     assert all(len(group) == 1 for group in keys) and len(set.union(*keys)) == len(same)
 
 
