@@ -205,7 +205,7 @@ def test_whole_words_change_a_number(changes, counts):
 
 def test_the_rule_reaches_every_member():
     """Each number word as it is, as a plural, a fraction, many of them, and many times."""
-    for word in kernel.CARDINALS + answers.ORDINALS + kernel.MULTIPLES + kernel.GROUPS:
+    for word in answers.CARDINALS + answers.ORDINALS + answers.MULTIPLES + answers.GROUPS:
         plural = word[:-1] + "ies" if word.endswith("y") else word + "s"
         for form in (word, plural, word.upper(), "and-" + word, "clips " + word):
             assert answers.number(f"5 {form}") is None, form
