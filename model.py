@@ -65,7 +65,7 @@ class GPTConfig:
     position: str = "learned"   # or "rope"
     norm: str = "layer"         # or "rms"
     mlp: str = "gelu"           # or "swiglu"
-    bias: str = "all"           # or "none", or "qkv" (Qwen2)
+    bias: str = "all"           # "none", "qkv" (Qwen2), "attention" (Llama's attention_bias)
     qk_norm: int = 0            # 1: RMSNorm on each head's q and k (Qwen3)
     tied: int = 1               # 1: the head is the embedding
     rope_theta: float = 10000.0
@@ -80,7 +80,8 @@ class GPTConfig:
     def __post_init__(self, where):
         self.n_kv_head = self.n_kv_head or self.n_head
         for name, choices in [("position", ("learned", "rope")), ("norm", ("layer", "rms")),
-                              ("mlp", ("gelu", "swiglu")), ("bias", ("all", "none", "qkv"))]:
+                              ("mlp", ("gelu", "swiglu")),
+                              ("bias", ("all", "none", "qkv", "attention"))]:
             if getattr(self, name) not in choices:
                 fail(f"{where}{name} must be one of {', '.join(choices)}, "
                      f"not {getattr(self, name)!r}")
@@ -145,7 +146,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(cfg.n_embd, cfg.n_head * d, bias=cfg.bias != "none")
         self.k = nn.Linear(cfg.n_embd, cfg.n_kv_head * d, bias=cfg.bias != "none")
         self.v = nn.Linear(cfg.n_embd, cfg.n_kv_head * d, bias=cfg.bias != "none")
-        self.proj = nn.Linear(cfg.n_head * d, cfg.n_embd, bias=cfg.bias == "all")
+        self.proj = nn.Linear(cfg.n_head * d, cfg.n_embd, bias=cfg.bias in ("all", "attention"))
         if cfg.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(d, eps=cfg.norm_eps) for _ in "qk")
 
