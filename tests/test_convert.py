@@ -22,7 +22,7 @@ QWEN3 = ("{%- for m in messages %}{%- set content = m.content %}{%- if m.role ==
          "{{- '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{%- endfor %}"
          "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}")
 LLAMA3 = ("{{- bos_token }}{%- if messages[0]['role'] == 'system' %}"
-          "{%- set said = messages[0]['content'] %}{%- set messages = messages[1:] %}{%- else %}"
+          "{%- set said = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}{%- else %}"
           "{%- set said = '' %}{%- endif %}{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
           "{{- 'Cutting Knowledge Date: December 2023\n\n' }}{{- said }}{{- '<|eot_id|>' }}"
           "{%- for m in messages %}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
