@@ -125,8 +125,8 @@ def read_llama(rest, family):
     if heads % few or width % heads and family == "llama" or head_dim % 2:
         raise ValueError(f"{heads} heads of {head_dim} channels, {few} of keys and values, do not "
                          f"fit together, or into hidden_size={width}")
-    if take(rest, "hidden_act", str, "silu") != "silu":
-        raise ValueError("hidden_act is not silu, which alone is supported")
+    if (act := rest.pop("hidden_act", "silu")) != "silu":
+        raise ValueError(f"hidden_act={act!r} is not supported")
     if rest.pop("layer_types", None) not in (None, ["full_attention"] * layers):
         raise ValueError("layer_types other than full_attention in every layer are not supported")
     if family == "mistral":
@@ -373,6 +373,8 @@ SAID = ["TURN{}", " TURN{} ", "\n\n  TURN{}\t\n", "<think>\nwhy\n</think>\n\nTUR
 CHATS = [(style, [{"role": r, "content": said.format(i)} for i, r in enumerate(roles)])
          for style, said in enumerate(SAID) for roles in TURNS]
 
+SECONDS = 20                                 # for all of a template's chats
+
 
 def render():
     """What a child process runs, its time and memory bounded, as a template is a stranger's program:
@@ -408,7 +410,7 @@ def render_chats(jinja, names):
     """-> the template's text for each of CHATS. ValueError, in words."""
     try:
         child = subprocess.run(
-            [sys.executable, "-c", inspect.getsource(render) + "render()"], timeout=20,
+            [sys.executable, "-c", inspect.getsource(render) + "render()"], timeout=SECONDS,
             input=json.dumps([jinja, names, [chat for _, chat in CHATS]]).encode(),
             capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
     except subprocess.TimeoutExpired:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from model import GPT, GPTConfig, Tokenizer, generate, load, save
-from test_convert import CHATML, CHATS, IM, TEXT, convert, go, tokenizer_json
+from test_convert import CHATML, CHATS, FIVE, IM, TEXT, convert, go, tokenizer_json
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig,
                           MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, logging)
 
@@ -56,10 +56,14 @@ def same_logits(ours, theirs, V):
 
 
 def same_text(tok, theirs, chats):
-    """Control tokens apart, which transformers reads in any text and we in none."""
+    """Control tokens apart, which transformers reads in any text and we in none. A chat that is
+    for one question alone refuses a second one."""
     plain = TEXT.replace("<|im_end|>", " 's\t").replace("<think>x</think>", "  many\n")
     assert theirs(plain, add_special_tokens=False).input_ids == tok.encode(plain)
     for messages in chats:
+        if len(messages) > 2 and "assistant user" not in (tok.between or ["assistant user"]):
+            pytest.raises(ValueError, tok.chat, messages)
+            continue
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         assert list(ids["input_ids"]) == tok.chat(messages)[0]
 
@@ -78,7 +82,9 @@ def test_from_transformers_and_back(name, padding, tmp_path):
         part.save_pretrained(tmp_path / "hf", **({"max_shard_size": "20KB"} if padding else {}))
     ours, tok, _ = load(go(tmp_path / "hf", tmp_path / "a.pt"))
     same_logits(ours, theirs, V)
-    chats = [CHAT, CHAT[1:], CHAT[1:2]] if template else []
+    chats = [CHAT, CHAT[:2], CHAT[1:2], FIVE, CHAT[:1] + FIVE, FIVE[:1]] if template else []
+    assert len(hf_tok) == tok.base and ("assistant user" in tok.between) == (
+        family in ("llama", "smol", "qwen2"))
     same_text(tok, hf_tok, chats)
 
     prompt = tok.encode("How many nuts") if not template else tok.prompt("How many?")
@@ -100,7 +106,7 @@ def test_from_transformers_and_back(name, padding, tmp_path):
     back.save_pretrained(tmp_path / "resaved")
     last, last_tok, _ = load(go(tmp_path / "resaved", tmp_path / "b.pt"))
     assert asdict(last.cfg) == asdict(ours.cfg) and last_tok.tags == tok.tags
-    assert last_tok.chat(CHAT)[0] == tok.chat(CHAT)[0]
+    assert last_tok.chat(CHAT[:2])[0] == tok.chat(CHAT[:2])[0]
     for key, w in ours.state_dict().items():
         assert torch.equal(w, last.state_dict()[key]), key
 
@@ -109,6 +115,9 @@ def test_from_transformers_and_back(name, padding, tmp_path):
     {}, dict(tied=0), dict(position="rope", norm="rms", mlp="swiglu", bias="none"),
     dict(position="rope", norm="rms", mlp="swiglu", bias="none", n_kv_head=1, tied=0,
          rope_factor=4.0, rope_context=64),
+    dict(position="rope", norm="rms", mlp="swiglu", bias="attention", rope_factor=4.0),
+    dict(position="rope", norm="rms", mlp="swiglu", bias="all"),
+    dict(position="rope", norm="rms", mlp="swiglu", bias="attention", qk_norm=1, head_dim=6),
     dict(position="rope", norm="rms", mlp="swiglu", bias="qkv", n_kv_head=2, head_dim=10),
     dict(position="rope", norm="rms", mlp="swiglu", bias="none", qk_norm=1, head_dim=6,
          norm_eps=1e-6)])
@@ -130,8 +139,53 @@ def test_from_here(switches, own, tmp_path):
 
 
 def convert_template():
-    from test_convert import convert
-    return convert.fixed_text(CHATML, {})
+    return convert.fixed_text(convert.render_chats(CHATML, {}))
+
+
+def test_mistral_with_odd_heads(tmp_path):
+    """hidden_size that the heads do not divide, which Llama does not allow: out as Mistral."""
+    tok = Tokenizer({"kind": "json", "json": tokenizer_json(IM)})
+    cfg = GPTConfig(vocab_size=tok.vocab_size, block_size=64, n_layer=2, n_head=3, n_embd=32,
+                    head_dim=8, position="rope", norm="rms", mlp="swiglu", bias="none")
+    ours = randomize(GPT(cfg))
+    save(tmp_path / "a.pt", model=ours.state_dict(), gpt=asdict(cfg), tokenizer=tok.spec)
+    theirs = AutoModelForCausalLM.from_pretrained(go(tmp_path / "a.pt", tmp_path / "hf"))
+    assert isinstance(theirs.config, MistralConfig)
+    ids = torch.arange(50)[None]
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    assert asdict(load(go(tmp_path / "hf", tmp_path / "b.pt"))[0].cfg) == asdict(cfg)
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "named"])
+def test_tokens_outside_of_tokenizer_json(where, tmp_path):
+    """transformers' ids of them, and of a chat that is made of them."""
+    (tmp_path / "t.json").write_text(json.dumps(tokenizer_json(IM)))
+    tok = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t.json"), eos_token=IM[2],
+                                  chat_template=CHATML)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tok) + 9, **SHAPE))
+    for part in (model, tok):
+        part.save_pretrained(tmp_path / "hf")
+    spec = json.loads((tmp_path / "hf/tokenizer.json").read_text())
+    ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
+    spec["added_tokens"] = []
+    config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    if where == "added_tokens.json":
+        (tmp_path / "hf/added_tokens.json").write_text(json.dumps(ids))
+    elif where == "named":                          # in the vocabulary, special by their names
+        spec["model"]["vocab"] |= ids
+        config |= {"bos_token": IM[1], "pad_token": IM[0]}
+    else:
+        config["added_tokens_decoder"] = {str(i): {
+            "content": t, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
+            "single_word": False} for t, i in ids.items()}
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(config))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), load(
+        go(tmp_path / "hf", tmp_path / "a.pt"))[1]
+    assert len(theirs) == ours.base and ours.end == ids[IM[2]]
+    assert theirs.convert_tokens_to_ids(IM) == [ids[t] for t in IM]
+    same_text(ours, theirs, [CHAT, FIVE, FIVE[:1]])
 
 
 # ---------------------------------------------------------------------------- one key at a time
