@@ -34,8 +34,8 @@ SUPPORTED = f"{', '.join(FAMILIES.values())} (GPT-2, Llama 3, SmolLM2, Mistral, 
 LIMITS = dict(                               # a number of a config.json: smallest, largest
     vocab_size=(1, 2 ** 24), n_positions=(1, 2 ** 22), max_position_embeddings=(1, 2 ** 22),
     n_layer=(1, 1024), num_hidden_layers=(1, 1024), n_head=(1, 1024), num_attention_heads=(1, 1024),
-    num_key_value_heads=(1, 1024), head_dim=(1, 4096), n_embd=(1, 2 ** 17), hidden_size=(1, 2 ** 17),
-    n_inner=(1, 2 ** 20), intermediate_size=(1, 2 ** 20), layer_norm_epsilon=(0, 1),
+    num_key_value_heads=(1, 1024), head_dim=(1, 4096), n_embd=(1, 2 ** 17), n_inner=(1, 2 ** 20),
+    hidden_size=(1, 2 ** 17), intermediate_size=(1, 2 ** 20), layer_norm_epsilon=(0, 1),
     rms_norm_eps=(0, 1), rope_theta=(1, 1e15), factor=(1, 1e6), low_freq_factor=(1e-6, 1e6),
     high_freq_factor=(1e-6, 1e6), original_max_position_embeddings=(1, 2 ** 24))
 # What changes no logit: names, ids and labels; what acts in training, in generation or on other
@@ -85,10 +85,11 @@ def read_config(config, path):
         for key, usual in [("is_causal", True), ("scale_attn_weights", True)]:
             if rest.pop(key, usual) is not usual:
                 raise ValueError(f"{key}={config[key]!r} is not supported")
-        left = [k for k in rest if not IDLE.fullmatch(k) and rest[k] not in (None, False, "", [], {})]
+        off = (None, False, "", [], {})
+        left = [k for k in rest if rest[k] not in off and not IDLE.fullmatch(k)]
         for key in filter(PART.search, left):
-            raise ValueError(f"{key}={config[key]!r} is not supported: this model computes something "
-                             "that model.py has no switch for")
+            raise ValueError(f"{key}={config[key]!r} is not supported: this model computes "
+                             "something that model.py has no switch for")
     except ValueError as e:
         fail(f"{path}, a {family} configuration: {e}")
     if left:
@@ -102,11 +103,6 @@ def read_gpt2(rest):
         raise ValueError(f"activation_function={act!r} is not supported")
     size = {k: take(rest, k, int) for k in ("vocab_size", "n_positions", "n_layer", "n_head",
                                             "n_embd")}
-    for alias, key in [("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"),
-                       ("num_attention_heads", "n_head"), ("max_position_embeddings",
-                                                           "n_positions")]:
-        if rest.pop(alias, size[key]) != size[key]:
-            raise ValueError(f"{alias} and {key} say different things")
     if size["n_embd"] % size["n_head"]:
         raise ValueError(f"n_head={size['n_head']} does not divide n_embd={size['n_embd']}")
     return GPTConfig(
@@ -377,7 +373,7 @@ SECONDS = 20                                 # for all of a template's chats
 
 
 def render():
-    """What a child process runs, its time and memory bounded, as a template is a stranger's program:
+    """What a child process runs, its time and memory bounded: a template is a stranger's program.
     [template, names, chats] on stdin -> their texts as JSON, or one line on stderr."""
     import json, resource, sys
     try:
@@ -399,6 +395,9 @@ def render():
         template = world.from_string(jinja)
         texts = [template.render(messages=chat, tools=None, documents=None, raise_exception=stop,
                                  add_generation_prompt=True, **names) for chat in chats]
+        names["strftime_now"] = lambda form: "today"
+        texts.append(template.render(messages=chats[0], tools=None, documents=None,
+                                     raise_exception=stop, add_generation_prompt=True, **names))
         if sum(map(len, texts)) > 2 ** 22:
             raise ValueError("it writes more than 4 MB")
         print(json.dumps(texts))
@@ -407,7 +406,10 @@ def render():
 
 
 def render_chats(jinja, names):
-    """-> the template's text for each of CHATS. ValueError, in words."""
+    """-> the template's text for each of CHATS, and for the first on another day. ValueError, in
+    words."""
+    tag = r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})"         # transformers' own, changes no text
+    jinja = re.sub(tag, lambda m: m[1] + ("endif" if m[2] else "if true") + m[3], jinja)
     try:
         child = subprocess.run(
             [sys.executable, "-c", inspect.getsource(render) + "render()"], timeout=SECONDS,
@@ -455,7 +457,7 @@ def differing(tokenizer, texts):
             whole = hf.encode(text, add_special_tokens=False).ids
             hf.encode_special_tokens = True
             if whole != tokenizer.chat(chat)[0]:
-                out.append((len(chat), f"{text[-60:]!r} has other ids as a whole than turn by turn"))
+                out.append((len(chat), f"{text[-60:]!r} has other ids as a whole than by turns"))
     return out
 
 
@@ -463,7 +465,8 @@ def read_template(spec, chat):
     """The spec with the model's own chat in it, as far as it is fixed text between turns; said."""
     names = {k: v for k, v in chat.items() if k != "chat_template"}
     try:
-        texts, tries = render_chats(chat["chat_template"], names), []
+        *texts, dated = render_chats(chat["chat_template"], names)
+        tries = []
         template = fixed_text(texts)
         for more in ({}, {"strip": True}):
             own = spec | {"template": template, "config": chat} | more
@@ -483,6 +486,8 @@ def read_template(spec, chat):
     end = tokenizer.hf.id_to_token(tokenizer.end)
     print(f"its own chat: {template['user']!r} question {template['user assistant']!r} answer "
           f"{end!r}, which is <|end|> here" + (", contents stripped" if "strip" in own else ""))
+    if dated != texts[0]:
+        print("it writes today's date: here it stays what the template writes without a clock")
     if wrong:
         print(f"kept for one question and its answer, no second one: {wrong[0][1]}")
         own |= {"template": template | {"assistant user": end}}
@@ -493,8 +498,8 @@ def read_template(spec, chat):
 
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+")          # how Qwen splits text before its merges
-EVERY = unicodedata.normalize("NFC", "".join(
-    chr(i) for i in [*range(1, 0xD800, 61), 0x1F600, 0x50000, 0x90000, 0xD0000, 0x10FFFF]))
+EVERY = unicodedata.normalize("NFC", "".join(      # no control characters: SmolLM2 lacks some
+    c for c in map(chr, range(32, 0x30000, 61)) if unicodedata.category(c)[0] != "C"))
 PROBES = ["a", " a  B", "\n\n12 ", "Zoë 日本\t<think>", "▁x²½ﬁ", EVERY]
 
 
@@ -509,7 +514,8 @@ def read_object(path):
 def read_chat(folder):
     """-> special tokens and chat template of tokenizer_config.json, a string each."""
     path, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = read_object(folder / "special_tokens_map.json") | read_object(path)
+    config, old = read_object(path), read_object(folder / "special_tokens_map.json")
+    config |= {} if "added_tokens_decoder" in config else old
     template = config.get("chat_template")
     try:
         if jinja.is_file():
@@ -546,11 +552,14 @@ def with_added(whole, folder, chat):
         if t["id"] != tokens.setdefault(t["content"], t)["id"]:
             raise ValueError(f"{t['content']!r} has two ids: {t['id']} and "
                              f"{tokens[t['content']]['id']}")
-    for name in chat.keys() - {"chat_template"}:
-        if chat[name] not in tokens:
-            if chat[name] not in ids:
-                raise ValueError(f"{name} {chat[name]!r} has no id here")
-            tokens[chat[name]] = added(chat[name], ids[chat[name]])
+    named = [v for k, v in chat.items() if k != "chat_template"]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = config.get(key) or []
+        named += extra.values() if isinstance(extra, dict) else extra
+    for t in [t["content"] if isinstance(t, dict) else t for t in named]:
+        if t not in tokens and t not in ids:
+            raise ValueError(f"the special token {t!r} of tokenizer_config.json has no id here")
+        tokens.setdefault(t, added(t, ids.get(t)))
     return whole | {"added_tokens": sorted(tokens.values(), key=lambda t: t["id"])}
 
 
@@ -584,7 +593,8 @@ def check_tokenizer(tokenizer):
                                  "only byte-level tokenizers are supported, as those of GPT-2, "
                                  "Llama 3, SmolLM2 and Qwen")
     own = {i: t.content for i, t in tokenizer.hf.get_added_tokens_decoder().items()}
-    control = {*tokenizer.control, *(i for ids in tokenizer.between.values() for i in ids if i in own)}
+    fixed = {i for ids in tokenizer.between.values() for i in ids if i in own}
+    control = fixed | {*tokenizer.control}
     for text in (own[i] for i in control if i in own):
         if control & {*tokenizer.encode(text), *tokenizer.encode(f"x {text} x")}:
             raise ValueError(f"a user's {text!r} would become the control token")

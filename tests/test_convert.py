@@ -22,7 +22,8 @@ QWEN3 = ("{%- for m in messages %}{%- set content = m.content %}{%- if m.role ==
          "{{- '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{%- endfor %}"
          "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}")
 LLAMA3 = ("{{- bos_token }}{%- if messages[0]['role'] == 'system' %}"
-          "{%- set said = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}{%- else %}"
+          "{%- set said = messages[0]['content'] | trim %}"
+          "{%- set messages = messages[1:] %}{%- else %}"
           "{%- set said = '' %}{%- endif %}{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
           "{{- 'Cutting Knowledge Date: December 2023\n\n' }}{{- said }}{{- '<|eot_id|>' }}"
           "{%- for m in messages %}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
@@ -31,8 +32,8 @@ LLAMA3 = ("{{- bos_token }}{%- if messages[0]['role'] == 'system' %}"
 IM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 L3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 # what each family's folder says of its chat: special tokens, others (Qwen3's <think>), template
-CHATS = {"gpt2": (["<|endoftext|>"], [], None), "llama": (L3, [], LLAMA3), "smol": (IM, [], CHATML), "mistral": (IM, [], CHATML),
-         "qwen2": (IM, [], CHATML), "qwen3": (IM, ["<think>", "</think>"], QWEN3)}
+CHATS = {"gpt2": (["<|endoftext|>"], [], None), "llama": (L3, [], LLAMA3), "smol": (IM, [], CHATML),
+         "mistral": (IM, [], CHATML), "qwen2": (IM, [], CHATML), "qwen3": (IM, ["<think>", "</think>"], QWEN3)}
 TEXT = "How many nuts are there? There are 12+5=17 nuts.\n\n<|im_end|> Zoë 日本 <think>x</think>"
 
 
@@ -397,7 +398,7 @@ def change(folder, **values):
     ("smol", dict(max_position_embeddings=10 ** 12), ["max_position_embeddings=1000000000000"]),
     ("smol", dict(hidden_size=16.0), ["hidden_size=16.0 is no int"]),
     ("smol", dict(hidden_size=True), ["hidden_size=True is no int"]),
-    ("gpt2", dict(hidden_size=32), ["hidden_size and n_embd say different things"]),
+    ("gpt2", dict(hidden_size=32), ["hidden_size=32 is not supported"]),
     ("gpt2", dict(n_head=3), ["n_head=3 does not divide n_embd=16"]),
     ("gpt2", dict(n_inner=0), ["n_inner=0 is outside"]),
     ("smol", dict(tie_word_embeddings=1), ["tie_word_embeddings=1 is no bool"]),
@@ -434,7 +435,7 @@ def test_refused_folders(tmp_path, refuses, monkeypatch):
     (folder / "tokenizer.json").unlink()
     attempt("no tokenizer.json")
     for text, part in [("{", "not JSON"), ("[]", "no Hugging Face configuration"),
-                       ('{"model_type": "llama"}', "a llama configuration: it has no max_position")]:
+                       ('{"model_type": "llama"}', "a llama configuration: it has no max_pos")]:
         (folder / "config.json").write_text(text)
         attempt("config.json", part)
     (folder / "config.json").unlink()
@@ -570,8 +571,8 @@ def test_a_head_beside_a_tied_embedding(equal_head, tmp_path, capsys):
 @pytest.mark.parametrize("table, parts", [
     ({"a": "../hf2/model.safetensors"}, ["'../hf2/model.safetensors'"]),
     ({"a": "/etc/passwd"}, ["'/etc/passwd'"]), ({"a": "sub/model.safetensors"}, ["sub/model"]),
-    ({"a": ".."}, [".. is missing"]), ({"a": 5}, ["no index"]), ([], ["no index"]), ({}, ["no index"]),
-    (None, ["no index"]), ({"a": "model-9.safetensors"}, ["model-9.safetensors is missing"]),
+    ({"a": ".."}, [".. is missing"]), ({"a": 5}, ["no index"]),
+    ([], ["no index"]), ({}, ["no index"]), (None, ["no index"]), ({"a": "model-9.safetensors"}, ["model-9.safetensors is missing"]),
     ({"a": "m1.safetensors", "b": "m2.safetensors"}, ["m2.safetensors holds", "another file"])])
 def test_an_index_that_leads_elsewhere(table, parts, tmp_path, refuses):
     for name in ("hf", "hf2"):
@@ -606,13 +607,15 @@ MALFORMED = [
     ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "'template'"),
     ("tokenizer_config.json", b'{"eos_token": 5}', "no text"),
     ("tokenizer_config.json", b'{"eos_token": {"x": 1}}', "'content'"),
-    ("tokenizer_config.json", b'{"pad_token": "[PAD]"}', "pad_token '[PAD]' has no id"),
+    ("tokenizer_config.json", b'{"pad_token": "[PAD]"}', "special token '[PAD]' of"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": []}', "tokenizer.json"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "tokenizer"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"400": {}}}', "tokenizer"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"400": {"content": "<x>"}}}', "holes"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"5": {"content": "<|im_end|>"}}}',
      "has two ids"),
+    ("tokenizer_config.json", b'{"additional_special_tokens": ["<x>"]}', "special token '<x>' of"),
+    ("tokenizer_config.json", b'{"extra_special_tokens": 5}', "tokenizer.json"),
     ("added_tokens.json", b"[]", "no object"), ("added_tokens.json", b'{"<x>": "y"}', "'y'"),
     ("added_tokens.json", b'{"<x>": 400}', "holes"), ("special_tokens_map.json", b"5", "no object"),
     ("chat_template.jinja", b"\xff", "chat_template.jinja"),
@@ -805,7 +808,7 @@ WHOLE = "{% for m in messages %}" + TURN + ("{% endfor %}{% if add_generation_pr
 
 @pytest.mark.parametrize("content, why", [
     ("m.content | upper", "writes"), ("m.content.replace('  ', ' ')", "writes"),
-    ("(m.content if m.role == 'assistant' else m.content | trim)", None),     # one question: stripped
+    ("(m.content if m.role == 'assistant' else m.content | trim)", None),   # stripped
     ("m.content.lstrip()", "writes"), ("m.content | e", "varies"), ("m.content[:12]", "writes"),
     ("m.content.replace('<think>', '')", "writes"), ("(m.content or 'nothing')", "writes"),
     ("m.content + 'x' * (loop.index0 // 4)", None), ("m.content + loop.index | string", "varies")])
@@ -820,6 +823,20 @@ def test_templates_that_depend_on_the_content(content, why, tmp_path, capsys):
         assert "kept for one question" in said and "turns it writes" in said, said
         with pytest.raises(ValueError, match="after a turn of 'assistant'"):
             tok.chat(FIVE)
+
+
+def test_generation_tags_and_the_date(tmp_path, capsys):
+    """transformers' {% generation %} changes no text; a date is said, and stays."""
+    marked = WHOLE.replace("CONTENT", "m.content").replace(
+        "{{ '<|im_start|>'", "  {%- generation -%} {{ '<|im_start|>'").replace(
+        "{% endfor %}", "{%- endgeneration %}{% endfor %}")
+    own = chat_of(tmp_path, marked)
+    assert own.decode(own.prompt("a")) == "<|im_start|>user\na<|end|>\n<|im_start|>assistant\n"
+    assert "date" not in capsys.readouterr().out
+    dated = "{{ strftime_now('%d') if strftime_now is defined else 'May' }}" + marked
+    own = chat_of(tmp_path, dated)
+    assert own.decode(own.prompt("a")).startswith("May<|im_start|>user\na<|end|>")
+    assert "it writes today's date" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("jinja, part", [
@@ -855,9 +872,9 @@ def test_a_control_token_that_text_can_reach(tmp_path, refuses):
     model["ignore_merges"] = True
     spec["added_tokens"] = [convert.added(t, model["vocab"][t]) for t in ("START", "END")]
     (tmp_path / "hf/tokenizer.json").write_text(json.dumps(spec))
+    jinja = WHOLE.replace("CONTENT", "m.content")
     (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({
-        "chat_template": WHOLE.replace("CONTENT", "m.content").replace("<|im_start|>", "START").replace(
-            "<|im_end|>", "END")}))
+        "chat_template": jinja.replace("<|im_start|>", "START").replace("<|im_end|>", "END")}))
     refuses(lambda: go(tmp_path / "hf", tmp_path / "a.pt"), "would become the control token")
 
 

@@ -139,7 +139,7 @@ def test_from_here(switches, own, tmp_path):
 
 
 def convert_template():
-    return convert.fixed_text(convert.render_chats(CHATML, {}))
+    return convert.fixed_text(convert.render_chats(CHATML, {})[:3])
 
 
 def test_mistral_with_odd_heads(tmp_path):
