@@ -18,13 +18,13 @@ first question alone (Qwen3 drops <think> from earlier turns), no second one is 
 the token that closes its turns. Tags that its tokenizer lacks get the ids after its last one:
 unused rows of the embedding, or new ones, both the mean of the others.
 """
-import argparse, hashlib, inspect, json, os, re, shutil, subprocess, sys, tempfile, unicodedata
+import hashlib, inspect, json, os, re, shutil, subprocess, sys, tempfile, unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from model import (GPT, GPTConfig, TAGS, Tokenizer, cannot_write, fail, inputs, load, read_json,
-                   save, write_text)
+from model import (GPT, GPTConfig, Parser, TAGS, Tokenizer, cannot_read, cannot_write, fail,
+                   file_hashes, finite, load, make_tokenizer, read_json, save, say, write_text)
 
 # ---------------------------------------------------------------------------- configurations
 
@@ -35,8 +35,8 @@ LIMITS = dict(                               # a number of a config.json: smalle
     vocab_size=(1, 2 ** 24), n_positions=(1, 2 ** 22), max_position_embeddings=(1, 2 ** 22),
     n_layer=(1, 1024), num_hidden_layers=(1, 1024), n_head=(1, 1024), num_attention_heads=(1, 1024),
     num_key_value_heads=(1, 1024), head_dim=(1, 4096), n_embd=(1, 2 ** 17), n_inner=(1, 2 ** 20),
-    hidden_size=(1, 2 ** 17), intermediate_size=(1, 2 ** 20), layer_norm_epsilon=(0, 1),
-    rms_norm_eps=(0, 1), rope_theta=(1, 1e15), factor=(1, 1e6), low_freq_factor=(1e-6, 1e6),
+    hidden_size=(1, 2 ** 17), intermediate_size=(1, 2 ** 20), layer_norm_epsilon=(1e-30, 1),
+    rms_norm_eps=(1e-30, 1), rope_theta=(1, 1e9), factor=(1, 1e6), low_freq_factor=(1e-6, 1e6),
     high_freq_factor=(1e-6, 1e6), original_max_position_embeddings=(1, 2 ** 24))
 # What changes no logit: names, ids and labels; what acts in training, in generation or on other
 # heads; how precisely and with which code transformers computes the same thing.
@@ -81,7 +81,7 @@ def read_config(config, path):
         fail(f"{path}: the architecture {names or family!r} is not supported, only {SUPPORTED}")
     rest = dict(config)
     try:
-        cfg = read_gpt2(rest) if family == "gpt2" else read_llama(rest, family)
+        sizes = read_gpt2(rest) if family == "gpt2" else read_llama(rest, family)
         for key, usual in [("is_causal", True), ("scale_attn_weights", True)]:
             if rest.pop(key, usual) is not usual:
                 raise ValueError(f"{key}={config[key]!r} is not supported")
@@ -93,8 +93,8 @@ def read_config(config, path):
     except ValueError as e:
         fail(f"{path}, a {family} configuration: {e}")
     if left:
-        print(f"{path}: keys that transformers does not know either, ignored: {', '.join(left)}")
-    return cfg
+        say(f"{path}: keys that transformers does not know either, ignored: {', '.join(left)}")
+    return GPTConfig(**sizes, where=f"{path}: ")
 
 
 def read_gpt2(rest):
@@ -103,9 +103,7 @@ def read_gpt2(rest):
         raise ValueError(f"activation_function={act!r} is not supported")
     size = {k: take(rest, k, int) for k in ("vocab_size", "n_positions", "n_layer", "n_head",
                                             "n_embd")}
-    if size["n_embd"] % size["n_head"]:
-        raise ValueError(f"n_head={size['n_head']} does not divide n_embd={size['n_embd']}")
-    return GPTConfig(
+    return dict(
         block_size=size.pop("n_positions"), n_ff=take(rest, "n_inner", int, None) or 0,
         tied=int(take(rest, "tie_word_embeddings", bool, True)),
         norm_eps=take(rest, "layer_norm_epsilon", float, 1e-5), **size)
@@ -118,9 +116,8 @@ def read_llama(rest, family):
     few = take(rest, "num_key_value_heads", int,
                *{"llama": [None], "mistral": [8]}.get(family, [32])) or heads
     head_dim = take(rest, "head_dim", int, 128 if family == "qwen3" else None) or width // heads
-    if heads % few or width % heads and family == "llama" or head_dim % 2:
-        raise ValueError(f"{heads} heads of {head_dim} channels, {few} of keys and values, do not "
-                         f"fit together, or into hidden_size={width}")
+    if width % heads and family == "llama":
+        raise ValueError(f"num_attention_heads={heads} does not divide hidden_size={width}")
     if (act := rest.pop("hidden_act", "silu")) != "silu":
         raise ValueError(f"hidden_act={act!r} is not supported")
     if rest.pop("layer_types", None) not in (None, ["full_attention"] * layers):
@@ -139,7 +136,7 @@ def read_llama(rest, family):
     attention, mlp = biases.get("attention_bias", False), biases.get("mlp_bias", False)
     if mlp and not attention:
         raise ValueError("mlp_bias without attention_bias is not supported")
-    return GPTConfig(
+    return dict(
         vocab_size=take(rest, "vocab_size", int), block_size=context, n_layer=layers, n_head=heads,
         n_kv_head=few, n_embd=width, head_dim=head_dim, n_ff=take(rest, "intermediate_size", int),
         position="rope", norm="rms", mlp="swiglu", qk_norm=int(family == "qwen3"),
@@ -305,7 +302,7 @@ def check_numbers(weights, path):
         if w.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             fail(f"{path}: {name} holds {w.dtype}: only float32, bfloat16, float16 and float64 "
                  "are read; a quantized model has to be widened first")
-        if not torch.isfinite(w.float()).all():
+        if not finite(w.float()):
             fail(f"{path}: {name} holds NaN or infinity, or a number too large for fp32: the "
                  "weights are damaged")
 
@@ -315,7 +312,7 @@ def read_weights(folder, cfg, family):
     theirs = {k: v for k, v in read_files(folder).items() if not BUFFERS.fullmatch(k)}
     check_numbers(theirs, folder)
     if any(v.dtype == torch.float64 for v in theirs.values()):
-        print("float64 weights are rounded to fp32")
+        say("float64 weights are rounded to fp32")
     if family == "gpt2":
         theirs = {k if k.startswith(("transformer.", "lm_head.")) else f"transformer.{k}": v
                   for k, v in theirs.items()}
@@ -325,7 +322,7 @@ def read_weights(folder, cfg, family):
                 theirs[name.replace("c_attn", f"c_attn.{part}")] = tensor.clone()
     if cfg.tied and (head := theirs.pop("lm_head.weight", None)) is not None:
         if not torch.equal(head, theirs.get(their_name("embed.weight", family), head[:0])):
-            print("lm_head.weight differs from the embedding: not tied, whatever config.json says")
+            say("lm_head.weight differs from the embedding: not tied, whatever config.json says")
             cfg.tied, theirs["lm_head.weight"] = 0, head
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in GPT(cfg).state_dict().items()}
@@ -479,17 +476,17 @@ def read_template(spec, chat):
         if any(turns < 3 for turns, _ in wrong):
             raise ValueError(wrong[0][1])
     except ValueError as e:
-        print(f"its chat template cannot be kept ({e}): this project's tags instead")
+        say(f"its chat template cannot be kept ({e}): this project's tags instead")
         return spec
     if template == OURS and not wrong:
         return spec
     end = tokenizer.hf.id_to_token(tokenizer.end)
-    print(f"its own chat: {template['user']!r} question {template['user assistant']!r} answer "
+    say(f"its own chat: {template['user']!r} question {template['user assistant']!r} answer "
           f"{end!r}, which is <|end|> here" + (", contents stripped" if "strip" in own else ""))
     if dated != texts[0]:
-        print("it writes today's date: here it stays what the template writes without a clock")
+        say("it writes today's date: here it stays what the template writes without a clock")
     if wrong:
-        print(f"kept for one question and its answer, no second one: {wrong[0][1]}")
+        say(f"kept for one question and its answer, no second one: {wrong[0][1]}")
         own |= {"template": template | {"assistant user": end}}
     return own
 
@@ -610,21 +607,19 @@ def read_tokenizer(folder, config):
     try:
         whole = with_added(whole, folder, chat)
         spec = {"kind": "json", "json": whole}
-        tokenizer = Tokenizer(spec)
+        tokenizer = make_tokenizer(spec, path)
         check_ids(tokenizer.hf, whole["added_tokens"])
         size = tokenizer.base
-        if ours and ours["sha256"] == inputs[str(path)]:       # tiktoken's, and nobody changed it
+        if ours and ours["sha256"] == file_hashes[str(path)]:    # tiktoken's, and nobody changed it
             return {"kind": "tiktoken", "name": "gpt2"}, size
         if "chat_template" in chat:
             spec = read_template(spec, chat)
         tokenizer = Tokenizer(without_tags(spec))
         check_tokenizer(tokenizer)
     except ValueError as e:
-        fail(f"{path}: {' '.join(str(e).split())}")
-    except BaseException as e:                     # the library's panics are no Exceptions
-        if isinstance(e, (KeyboardInterrupt, SystemExit)):
-            raise
-        fail(f"{path} or what belongs to it cannot be read ({one_line(e)})")
+        fail(f"{path}: {e}")
+    except (AttributeError, KeyError, OverflowError, TypeError) as e:
+        fail(f"{path} or tokenizer_config.json is not as transformers writes it ({one_line(e)})")
     return tokenizer.spec, size
 
 
@@ -700,7 +695,7 @@ def extend(cfg, model, tokenizer, size):
     if new:
         where = (f"the embedding grows from {rows} to {cfg.vocab_size} rows"
                  if cfg.vocab_size > rows else f"rows that no token used, of {rows}")
-        print(f"new tags, each the mean of the other rows: "
+        say(f"new tags, each the mean of the other rows: "
               f"{' '.join(f'{tag} {i}' for tag, i in new.items())} ({where})")
 
 
@@ -717,9 +712,9 @@ def import_model(source, target):
     tokenizer, model = Tokenizer(spec), read_weights(folder, cfg, family)
     extend(cfg, model, tokenizer, size)
     save(target, model=model, gpt=asdict(cfg), tokenizer=spec,
-         record={"config": {"source": source}, "inputs": inputs})
+         record={"config": {"source": source}, "inputs": file_hashes})
     count = sum(w.numel() for w in model.values())
-    print(f"{target}: {FAMILIES[family]}, {count:,} weights, context {cfg.block_size}, "
+    say(f"{target}: {FAMILIES[family]}, {count:,} weights, context {cfg.block_size}, "
           f"{tokenizer.vocab_size} ids")
 
 
@@ -768,7 +763,7 @@ def export_model(source, target):
         "config": config, "tokenizer": whole, "tokenizer_config": chat,
         "generation_config": {"eos_token_id": tokenizer.end}})
     left = [k for k in parts if k not in ("gpt", "tokenizer", "record")]
-    print(f"{target}: {FAMILIES[family]}, {cfg.vocab_size} ids"
+    say(f"{target}: {FAMILIES[family]}, {cfg.vocab_size} ids"
           + (f"; left out: {', '.join(left)}" if left else ""))
 
 
@@ -808,14 +803,11 @@ def main(args):
     try:
         (import_model if out else export_model)(args.source, args.target)
     except OSError as e:
-        fail(f"{e.filename or args.source} cannot be read ({e.strerror or one_line(e)})")
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+        cannot_read(e.filename or args.source, e)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("source", help="a Hub id, a folder, or a checkpoint NAME.pt")
     parser.add_argument("target", help="a checkpoint NAME.pt, or a folder")
     main(parser.parse_args())

@@ -1,5 +1,6 @@
 """convert.py: folders in Hugging Face's own format, made here, to checkpoints and back; what is
 refused; the chats that models bring. (tests/slow compares the logits with transformers'.)"""
+import functools
 import json
 import shutil
 from dataclasses import asdict
@@ -12,6 +13,9 @@ from model import GPT, GPTConfig, Tokenizer, generate, load, read_checkpoint, sa
 
 safetensors = pytest.importorskip("safetensors.torch")
 convert = load_stage("convert")
+render = convert.render_chats
+rendered = functools.cache(lambda jinja, names: render(jinja, dict(names)))      # a process each
+convert.render_chats = lambda jinja, names: list(rendered(jinja, tuple(sorted(names.items()))))
 
 CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
           "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
@@ -33,7 +37,8 @@ IM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 L3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 # what each family's folder says of its chat: special tokens, others (Qwen3's <think>), template
 CHATS = {"gpt2": (["<|endoftext|>"], [], None), "llama": (L3, [], LLAMA3), "smol": (IM, [], CHATML),
-         "mistral": (IM, [], CHATML), "qwen2": (IM, [], CHATML), "qwen3": (IM, ["<think>", "</think>"], QWEN3)}
+         "mistral": (IM, [], CHATML), "qwen2": (IM, [], CHATML),
+         "qwen3": (IM, ["<think>", "</think>"], QWEN3)}
 TEXT = "How many nuts are there? There are 12+5=17 nuts.\n\n<|im_end|> Zoë 日本 <think>x</think>"
 
 
@@ -392,8 +397,8 @@ def change(folder, **values):
     ("gpt2", dict(layer_norm_epsilon="x"), ["layer_norm_epsilon='x' is no float"]),
     ("smol", dict(vocab_size=0), ["vocab_size=0 is outside"]),
     ("smol", dict(num_attention_heads=0), ["num_attention_heads=0 is outside"]),
-    ("smol", dict(num_key_value_heads=3), ["4 heads", "3 of keys"]),
-    ("smol", dict(head_dim=3), ["4 heads of 3 channels"]),
+    ("smol", dict(num_key_value_heads=3), ["n_kv_head=3 does not divide n_head=4"]),
+    ("smol", dict(head_dim=3), ["head_dim=3 must be even"]),
     ("smol", dict(num_hidden_layers=10 ** 9), ["num_hidden_layers=1000000000 is outside"]),
     ("smol", dict(max_position_embeddings=10 ** 12), ["max_position_embeddings=1000000000000"]),
     ("smol", dict(hidden_size=16.0), ["hidden_size=16.0 is no int"]),
@@ -572,7 +577,8 @@ def test_a_head_beside_a_tied_embedding(equal_head, tmp_path, capsys):
     ({"a": "../hf2/model.safetensors"}, ["'../hf2/model.safetensors'"]),
     ({"a": "/etc/passwd"}, ["'/etc/passwd'"]), ({"a": "sub/model.safetensors"}, ["sub/model"]),
     ({"a": ".."}, [".. is missing"]), ({"a": 5}, ["no index"]),
-    ([], ["no index"]), ({}, ["no index"]), (None, ["no index"]), ({"a": "model-9.safetensors"}, ["model-9.safetensors is missing"]),
+    ([], ["no index"]), ({}, ["no index"]), (None, ["no index"]),
+    ({"a": "model-9.safetensors"}, ["model-9.safetensors is missing"]),
     ({"a": "m1.safetensors", "b": "m2.safetensors"}, ["m2.safetensors holds", "another file"])])
 def test_an_index_that_leads_elsewhere(table, parts, tmp_path, refuses):
     for name in ("hf", "hf2"):
@@ -713,6 +719,13 @@ def with_normalizer(**normalizer):
     return tokenizer_json(IM) | {"normalizer": normalizer}
 
 
+def with_prefix():
+    """A blank before each text, taken off again: one piece alone comes back as it was."""
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    spec = with_normalizer(type="Prepend", prepend=" ")
+    return spec | {"decoder": {"type": "Sequence", "decoders": [spec["decoder"], strip]}}
+
+
 def with_dropout():
     spec = tokenizer_json(IM)
     spec["model"]["dropout"] = 0.5
@@ -720,7 +733,7 @@ def with_dropout():
 
 
 @pytest.mark.parametrize("make", [
-    lambda: sentencepiece(True), lambda: sentencepiece(False), metaspace, with_dropout,
+    lambda: sentencepiece(True), lambda: sentencepiece(False), metaspace, with_dropout, with_prefix,
     lambda: with_normalizer(type="Lowercase"), lambda: with_normalizer(type="NFKC"),
     lambda: with_normalizer(type="Strip", strip_left=True, strip_right=True),
     lambda: with_normalizer(type="Replace", pattern={"Regex": " {2,}"}, content=" ")])
@@ -861,6 +874,17 @@ def test_an_end_that_looks_like_a_word(end, tmp_path):
     assert tok.end == tok.hf.token_to_id(end) == tok.chat(FIVE[:2])[0][-1]
     assert tok.end not in tok.encode(f"x{end} {end}") and tok.decode(tok.encode(end)) == end
     assert tok.chat(FIVE[:1])[0].count(tok.end) == 1
+
+
+@pytest.mark.parametrize("token", ["<think>", "IM_END", "[/INST]"])
+def test_the_kernel_keeps_added_tokens_out_of_text(token):
+    """Not special in the file, but a <tag>, or a part of the chat's fixed text."""
+    template = {"user": "", "user assistant": "\n", "assistant user": token + "\n"}
+    spec = {"kind": "json", "json": tokenizer_json([], [token])}
+    tok = Tokenizer(spec | ({} if token[0] == "<" else {"template": template}))
+    own = tok.tags["<think>" if token[0] == "<" else "<|end|>"]
+    assert own == tok.hf.token_to_id(token)
+    assert own not in tok.encode(token) and tok.decode(tok.encode(f"a{token} ")) == f"a{token} "
 
 
 def test_a_control_token_that_text_can_reach(tmp_path, refuses):
