@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 from model import (GPT, GPTConfig, Parser, TAGS, Tokenizer, cannot_read, cannot_write, fail,
-                   file_hashes, finite, load, make_tokenizer, read_json, save, say, write_text)
+                   file_hashes, finite, load, make_tokenizer, read_checkpoint, read_json, save,
+                   say, write_text)
 
 # ---------------------------------------------------------------------------- configurations
 
@@ -502,7 +503,7 @@ PROBES = ["a", " a  B", "\n\n12 ", "Zoë 日本\t<think>", "▁x²½ﬁ", EVERY]
 
 def read_object(path):
     """A JSON object of the folder, {} if there is none."""
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path) if os.path.lexists(path) else {}
     if not isinstance(found, dict):
         fail(f"{path} holds no object {{...}}")
     return found
@@ -515,7 +516,7 @@ def read_chat(folder):
     config |= {} if "added_tokens_decoder" in config else old
     template = config.get("chat_template")
     try:
-        if jinja.is_file():
+        if os.path.lexists(jinja):
             template = jinja.read_text(encoding="utf-8")
         if isinstance(template, list):                             # several, by name
             template = {t["name"]: t["template"] for t in template}.get("default")
@@ -711,6 +712,10 @@ def import_model(source, target):
     spec, size = read_tokenizer(folder, config)
     tokenizer, model = Tokenizer(spec), read_weights(folder, cfg, family)
     extend(cfg, model, tokenizer, size)
+    if os.path.lexists(target):
+        record = read_checkpoint(target).get("record", {})
+        if record.get("config") != {"source": source}:
+            fail(f"{target} is there already, and no conversion of {source}: choose another name")
     save(target, model=model, gpt=asdict(cfg), tokenizer=spec,
          record={"config": {"source": source}, "inputs": file_hashes})
     count = sum(w.numel() for w in model.values())
@@ -722,19 +727,25 @@ FILES = ["config.json", "generation_config.json", "tokenizer_config.json", "toke
          "model.safetensors"]
 
 
-def file_hash(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def stamp(folder):
+    """What the file of weights says of the files beside it, so that a change is seen."""
+    texts = [(folder / name).read_bytes() for name in FILES[:-1]]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
 
 def check_target(folder):
     """Only what convert.py wrote, and nobody has changed since, is replaced."""
+    from safetensors import SafetensorError, safe_open
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return
-    if folder.is_dir() and all(p.name in FILES and p.is_file() for p in folder.iterdir()):
-        config, weights = read_object(folder / "config.json"), folder / "model.safetensors"
-        if weights.is_file() and config.get("gpt_mini_weights") == file_hash(weights):
-            return
+    if folder.is_dir() and {p.name for p in folder.iterdir() if p.is_file()} == {*FILES} == {
+            p.name for p in folder.iterdir()}:
+        try:
+            with safe_open(folder / FILES[-1], "pt") as f:
+                if (f.metadata() or {}).get("gpt_mini") == stamp(folder):
+                    return
+        except SafetensorError:
+            pass
     fail(f"{folder} is there already and holds what this command did not write, or was changed "
          "since: choose another folder")
 
@@ -743,13 +754,10 @@ def export_model(source, target):
     """A checkpoint -> the folder `target`, which transformers loads."""
     model, tokenizer, parts = load(source)
     cfg, folder = model.cfg, Path(os.path.realpath(target))
-    if "head" in parts:
-        fail(f"{source} is a reward model: its head has no place in a language model's folder")
     if tokenizer.kind == "chars":
         fail(f"{source} has a tokenizer of characters, for which Hugging Face has no form: only "
              "checkpoints with tiktoken's gpt2 or a tokenizer.json can be exported, not the toy's")
     family = family_of(cfg, source)
-    check_numbers(model.state_dict(), source)
     whole = write_tokenizer(tokenizer, family, source)
     check_target(folder)
     config, text = write_config(cfg, family), json.dumps(whole)
@@ -776,11 +784,10 @@ def write_folder(folder, weights, contents):
         beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.new.", dir=folder.parent))
         new = beside / "new"
         new.mkdir()
-        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
-        contents["config"]["gpt_mini_weights"] = file_hash(new / "model.safetensors")
         for name, content in contents.items():
             text = json.dumps(content, indent=None if name == "tokenizer" else 2)
             write_text(new / f"{name}.json", text)
+        save_file(weights, new / FILES[-1], metadata={"format": "pt", "gpt_mini": stamp(new)})
         if folder.exists():
             folder.rename(beside / "old")
         try:

@@ -655,6 +655,18 @@ def test_a_folder_in_a_file_s_place(name, tmp_path, refuses):
     refuses(lambda: go(tmp_path / "hf", tmp_path / "a.pt"), "has no")
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json",
+                                  "special_tokens_map.json", "generation_config.json",
+                                  "chat_template.jinja"])
+@pytest.mark.parametrize("link", [False, True])
+def test_what_may_be_absent_is_not_a_folder(name, link, tmp_path, refuses):
+    write_folder(tmp_path / "hf", "smol")
+    path = tmp_path / "hf" / name
+    path.unlink(missing_ok=True)
+    path.symlink_to("nowhere") if link else path.mkdir()
+    refuses(lambda: go(tmp_path / "hf", tmp_path / "a.pt"), path, "missing" if link else "director")
+
+
 def test_nothing_of_others_is_deleted(tmp_path, refuses):
     """NAME.new beside the target is somebody's; so is a folder of the same file names, and one that
     was changed since; a target that is a file, or lies under one, is a line."""
@@ -668,6 +680,8 @@ def test_nothing_of_others_is_deleted(tmp_path, refuses):
     again("out")                                        # its own folder is replaced
     for change in [lambda: put_weights(tmp_path / "out", x=torch.zeros(1)),
                    lambda: (tmp_path / "out/config.json").write_text("{}"),
+                   lambda: (tmp_path / "out/tokenizer_config.json").write_text("{}"),
+                   lambda: (tmp_path / "out/model.safetensors").write_bytes(b"mine"),
                    lambda: (tmp_path / "out/model.safetensors").unlink()]:
         again("out")
         change()
@@ -684,6 +698,13 @@ def test_nothing_of_others_is_deleted(tmp_path, refuses):
         refuses(lambda: again(target), part)
         assert tree(tmp_path) == before
     refuses(lambda: convert.main(SimpleNamespace(source=str(tmp_path / "a.pt"), target="")), ".pt")
+    stage = read_checkpoint(tmp_path / "a.pt") | {"record": {"config": {"steps": 3}}}
+    save(tmp_path / "01_sft.pt", **stage)
+    (tmp_path / "other.pt").write_text("mine")
+    before = tree(tmp_path)
+    for name, part in [("01_sft.pt", "no conversion of"), ("other.pt", "no checkpoint")]:
+        refuses(lambda: go(tmp_path / "hf", tmp_path / name), part)
+        assert tree(tmp_path) == before
 
 
 # ---------------------------------------------------------------------------- other tokenizers
@@ -859,7 +880,8 @@ def test_generation_tags_and_the_date(tmp_path, capsys):
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ("{% include 'x' %}", "no loader"), ("{{ messages.append(1) }}", "unsafe")])
 def test_a_template_is_a_strangers_program(jinja, part, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(convert, "SECONDS", 1)
+    if part == "not end":
+        monkeypatch.setattr(convert, "SECONDS", 1)
     tok = chat_of(tmp_path, jinja)
     said = capsys.readouterr().out
     assert "cannot be kept" in said and part in said, said
