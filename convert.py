@@ -53,7 +53,7 @@ PART = re.compile(
     r"attn|attention|window|layer|block|head|hidden|intermediate|embed|posit|rope|rotary|yarn|alibi"
     r"|norm|eps|bias|scal|multipl|factor|cap|act(_|ivation)|mlp|ffn?(_|$)|gate|expert|moe|rout|conv"
     r"|ssm|mamba|resid|logit|causal|cross|rank|lora|quant|compress|group|sink|kv|qk|query|key|value"
-    r"|share|prune|per_|decoder|parallel|auto_map|sparse|soft|theta|context|temper.*attn|tie_|mtp")
+    r"|share|prune|per_|decoder|parallel|auto_map|sparse|soft|theta|context|_config|tie_|mtp")
 
 
 def take(rest, key, kind, *default):
@@ -705,6 +705,9 @@ def import_model(source, target):
     folder = Path(source if os.path.isdir(source) else download(source))
     if not (folder / "config.json").is_file():
         fail(f"{folder} has no config.json: it is no folder of a Hugging Face model")
+    if (folder / "adapter_config.json").exists():
+        fail(f"{folder} holds an adapter (adapter_config.json), which transformers puts on top of "
+             "the weights: merge it into them first")
     config = read_json(folder / "config.json")
     cfg = read_config(config, folder / "config.json")
     family = config["model_type"]

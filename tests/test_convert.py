@@ -3,6 +3,7 @@ refused; the chats that models bring. (tests/slow compares the logits with trans
 import functools
 import json
 import shutil
+import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -376,6 +377,7 @@ def change(folder, **values):
     ("smol", dict(is_causal=False), ["is_causal=False"]),
     ("smol", dict(is_causal=None), ["is_causal=None"]),
     ("smol", dict(logit_scale=0.5), ["logit_scale=0.5"]),
+    ("smol", dict(text_config=dict(hidden_size=8)), ["text_config"]),
     ("smol", dict(rope_scaling=dict(rope_type="llama3", factor=0.5, low_freq_factor=1.0,
                                     high_freq_factor=4.0)), ["factor=0.5"]),
     ("llama", dict(rope_scaling=dict(rope_type="llama3", factor=2.0, low_freq_factor=4.0,
@@ -427,6 +429,9 @@ def test_refused_folders(tmp_path, refuses, monkeypatch):
     folder, target = tmp_path / "hf", tmp_path / "a.pt"
     attempt = lambda *parts: refuses(lambda: go(folder, target), *parts)
     write_folder(folder, "smol", shards=2)
+    (folder / "adapter_config.json").write_text("{}")
+    attempt("an adapter")
+    (folder / "adapter_config.json").unlink()
     (folder / "model-00002-of-00002.safetensors").write_bytes(b"\0" * 20)
     attempt("model-00002-of-00002.safetensors", "cannot be read")
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -925,6 +930,21 @@ def test_a_control_token_that_text_can_reach(tmp_path, refuses):
 
 
 # ---------------------------------------------------------------------------- data/smollm2.py
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\3\0\0\0" + b"\xff" * 64, None])
+def test_gguf_that_cannot_be_read(content, monkeypatch, tmp_path, refuses):
+    """One line, with the package or without it; nothing is written."""
+    monkeypatch.syspath_prepend(ROOT / "data")
+    smollm2 = load_stage("data/smollm2")
+    path, out = tmp_path / "a.gguf", tmp_path / "hf"
+    if content is not None:
+        path.write_bytes(content)
+    reader = SimpleNamespace(GGUFReader=lambda path: (_ for _ in ()).throw(IndexError("at 24")))
+    for module, part in [(None, "pip install gguf"), (reader, "a.gguf")]:
+        monkeypatch.setitem(sys.modules, "gguf", module)
+        refuses(lambda: smollm2.main(SimpleNamespace(gguf=str(path), out=str(out))), part)
+    assert not out.exists()
 
 
 def test_gguf_rows_are_put_back(monkeypatch):
