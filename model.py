@@ -66,7 +66,7 @@ class GPTConfig:
     position: str = "learned"   # or "rope"
     norm: str = "layer"         # or "rms"
     mlp: str = "gelu"           # or "swiglu"
-    bias: str = "all"           # or "none", or "qkv" (Qwen2)
+    bias: str = "all"           # "none", "qkv" (Qwen2), "attention" (Llama's attention_bias)
     qk_norm: int = 0            # 1: RMSNorm on each head's q and k (Qwen3)
     tied: int = 1               # 1: the head is the embedding
     rope_theta: float = 10000.0
@@ -81,7 +81,8 @@ class GPTConfig:
     def __post_init__(self, where):
         self.n_kv_head = self.n_kv_head or self.n_head
         for name, choices in [("position", ("learned", "rope")), ("norm", ("layer", "rms")),
-                              ("mlp", ("gelu", "swiglu")), ("bias", ("all", "none", "qkv"))]:
+                              ("mlp", ("gelu", "swiglu")),
+                              ("bias", ("all", "none", "qkv", "attention"))]:
             if getattr(self, name) not in choices:
                 fail(f"{where}{name} must be one of {', '.join(choices)}, "
                      f"not {getattr(self, name)!r}")
@@ -146,7 +147,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(cfg.n_embd, cfg.n_head * d, bias=cfg.bias != "none")
         self.k = nn.Linear(cfg.n_embd, cfg.n_kv_head * d, bias=cfg.bias != "none")
         self.v = nn.Linear(cfg.n_embd, cfg.n_kv_head * d, bias=cfg.bias != "none")
-        self.proj = nn.Linear(cfg.n_head * d, cfg.n_embd, bias=cfg.bias == "all")
+        self.proj = nn.Linear(cfg.n_head * d, cfg.n_embd, bias=cfg.bias in ("all", "attention"))
         if cfg.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(d, eps=cfg.norm_eps) for _ in "qk")
 
@@ -440,7 +441,8 @@ class Tokenizer:
     A tokenizer.json may bring a chat of its own: "template", the fixed text between turns, by the
     roles before and after ("user": at the start, "user assistant", "assistant user", ...). Then
     <|end|> is the token that closes its assistant's turns, and only the reasoning tags that it
-    lacks get new ids. "config" is what convert.py hands back to a tokenizer_config.json.
+    lacks get new ids. Where nothing follows that token, the chat is for one question alone. "strip"
+    takes the blanks off the ends of each content, "config" is for convert.py's way back.
 
     `encode` never yields a tag, whatever the text says; `encode_completion` and the template do.
     """
@@ -463,7 +465,7 @@ class Tokenizer:
             base = self.bpe.n_vocab
         elif kind == "json":
             import tokenizers
-            self.hf = tokenizers.Tokenizer.from_str(json.dumps(as_control(spec["json"])))
+            self.hf = tokenizers.Tokenizer.from_str(json.dumps(as_control(spec)))
             self.hf.no_truncation()
             self.hf.no_padding()
             for roles, text in spec.get("template", {}).items():
@@ -475,6 +477,8 @@ class Tokenizer:
             raise ValueError(f"unknown kind {kind!r}: expected chars, tiktoken or json")
         if self.between:
             own["<|end|>"] = self.between["assistant user"].pop(0)
+            if not self.between["assistant user"]:
+                del self.between["assistant user"]
         wanted = TAGS[:1] + TAGS[4 if self.between else 1:]
         new = [tag for tag in wanted if tag not in own]
         ids = own | {tag: base + i for i, tag in enumerate(new)}
@@ -537,7 +541,8 @@ class Tokenizer:
         ids, mask, before = [], [], ""
         for m in messages:
             new, head = m["role"] == "assistant", self.header(before, m["role"])
-            body = (self.encode_completion if new else self.encode)(m["content"])
+            text = m["content"].strip() if self.spec.get("strip") else m["content"]
+            body = (self.encode_completion if new else self.encode)(text)
             body = body + [self.end] * new
             ids += head + body
             mask += [0] * len(head) + [int(new)] * len(body)
@@ -555,11 +560,13 @@ class Tokenizer:
 
 
 def as_control(spec):
-    """A tokenizer.json with every added <tag> as a special token: Qwen3's <think> is none, and
-    could be written by a user."""
-    tag = lambda t: t["content"][:1] == "<" and t["content"][-1:] == ">"
-    return spec | {"added_tokens": [t | {"special": t.get("special", False) or tag(t)}
-                                    for t in spec.get("added_tokens", [])]}
+    """spec -> its tokenizer.json, with every added token that is a <tag> or stands in the template
+    as a special one: Qwen3's <think> is none, and could be written by a user."""
+    fixed = "\n".join(spec.get("template", {}).values())
+    control = lambda text: text[:1] == "<" and text[-1:] == ">" or text in fixed
+    return spec["json"] | {"added_tokens": [
+        t | {"special": t.get("special", False) or control(t["content"])}
+        for t in spec["json"].get("added_tokens", [])]}
 
 
 def turns(prompt):

@@ -13,13 +13,14 @@ what comes out is near to the trained weights, not equal. Two things are not as 
 them: the rows of q and k are permuted within each head, and the tokenizer lies in the metadata.
 """
 import argparse
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import write_json
-from model import fail
+from model import cannot_write, fail
 
 NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -86,27 +87,43 @@ def config_json(get):
         "eos_token_id": get("tokenizer.ggml.eos_token_id")}
 
 
+def read(path):
+    """A GGUF file -> the folder's JSON files by name, and its tensors."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        fail("the package gguf is missing: pip install gguf==0.19.0")
+    if not os.path.isfile(path):
+        fail(f"{path} is missing: see the head of data/smollm2.py for where it comes from")
+    try:
+        reader = GGUFReader(path)
+        get = lambda name: reader.fields[name].contents() if name in reader.fields else None
+        if get("general.architecture") != "llama":
+            fail(f"{path} holds {get('general.architecture')!r}, not a Llama architecture")
+        token = lambda which: get("tokenizer.ggml.tokens")[get(f"tokenizer.ggml.{which}_token_id")]
+        return {"tokenizer.json": json.loads(tokenizer_json(get)), "config.json": config_json(get),
+                "tokenizer_config.json": {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "chat_template": get("tokenizer.chat_template"),
+                    "clean_up_tokenization_spaces": False, "bos_token": token("bos"),
+                    "eos_token": token("eos"), "unk_token": token("unknown"),
+                    "pad_token": token("padding")}}, weights(
+            reader, get("llama.attention.head_count"), get("llama.attention.head_count_kv"))
+    except Exception as e:
+        fail(f"{path} is not the GGUF file of SmolLM2, whole ({type(e).__name__}: "
+             f"{' '.join(str(e).split())[:150]}): download it again")
+
+
 def main(args):
-    from gguf import GGUFReader
     from safetensors.torch import save_file
-    if not os.path.isfile(args.gguf):
-        fail(f"{args.gguf} is missing: see the head of data/smollm2.py for where it comes from")
-    reader, out = GGUFReader(args.gguf), Path(args.out)
-    get = lambda name: reader.fields[name].contents() if name in reader.fields else None
-    if get("general.architecture") != "llama":
-        fail(f"{args.gguf} holds {get('general.architecture')!r}, not a Llama architecture")
-    out.mkdir(parents=True, exist_ok=True)
-    token = lambda which: get("tokenizer.ggml.tokens")[get(f"tokenizer.ggml.{which}_token_id")]
-    (out / "tokenizer.json").write_text(tokenizer_json(get), encoding="utf-8")
-    write_json(out / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": get("tokenizer.chat_template"), "clean_up_tokenization_spaces": False,
-        "bos_token": token("bos"), "eos_token": token("eos"), "unk_token": token("unknown"),
-        "pad_token": token("padding")})
-    write_json(out / "config.json", config_json(get))
-    tensors = weights(reader, get("llama.attention.head_count"),
-                      get("llama.attention.head_count_kv"))
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (contents, tensors), out = read(args.gguf), Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    except Exception as e:
+        cannot_write(out, e)
+    for name, content in contents.items():
+        write_json(out / name, content)
     print(f"{out}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} weights")
 
 

@@ -737,8 +737,58 @@ put("tags-from-nothing", "new tags start at zero instead of the mean: softmax ha
     "model[name][list(new.values())] = 0.0", "convert.py::test_there_and_back")
 
 put("user-writes-think", "an added tag that is not marked special can come from a user's text",
-    "model.py", "t.get(\"special\", False) or tag(t)", "t.get(\"special\", False)",
-    "convert.py::test_control_tokens_are_never_text")
+    "model.py", "text[:1] == \"<\" and text[-1:] == \">\" or text in fixed", "text in fixed",
+    "convert.py::test_the_kernel_keeps_added_tokens_out_of_text")
+
+put("user-writes-the-end", "an end token that looks like a word can come from a user's text",
+    "model.py", "text[:1] == \"<\" and text[-1:] == \">\" or text in fixed",
+    "text[:1] == \"<\" and text[-1:] == \">\"",
+    "convert.py::test_the_kernel_keeps_added_tokens_out_of_text")
+
+put("contents-not-stripped", "Llama 3's template trims contents, prompts here do not", "model.py",
+    "m[\"content\"].strip() if self.spec.get(\"strip\") else m[\"content\"]", "m[\"content\"]",
+    "convert.py::test_llama3_strips")
+
+put("second-question", "a chat that is the model's own for one question alone takes a second one",
+    "convert.py", "own |= {\"template\": template | {\"assistant user\": end}}", "pass",
+    "convert.py::test_qwen3_is_for_one_question")
+
+put("template-on-easy-contents", "a template is tried with contents that have no edges",
+    "convert.py", "if ours != text:", "if ours != text and style == 0:",
+    "convert.py::test_templates_that_depend_on_the_content")
+
+put("keys-of-other-families", "a key that no family here reads is taken for one that does nothing",
+    "convert.py", "for key in filter(PART.search, left):", "for key in []:",
+    "convert.py::test_refused_configurations")
+
+put("scaling-beside-parameters", "rope_scaling beside rope_parameters is not looked at",
+    "convert.py", "[*top.items(), *old.items(), *new.items()]", "[*top.items(), *old.items()]",
+    "convert.py::test_refused_configurations")
+
+put("window-within-the-context", "Mistral's window is taken for the context", "convert.py",
+    "type(window) is int and window >= context", "type(window) is int",
+    "convert.py::test_refused_configurations")
+
+put("head-dropped", "a head that differs from the tied embedding is dropped", "convert.py",
+    "cfg.tied, theirs[\"lm_head.weight\"] = 0, head", "pass",
+    "convert.py::test_a_head_beside_a_tied_embedding")
+
+put("nan-is-taken", "NaN among the weights is converted", "convert.py",
+    "if not finite(w.float()):", "if w.isinf().any():",
+    "convert.py::test_numbers_that_are_not_taken")
+
+put("rows-of-added-tokens", "tokens of added_tokens.json lose their trained rows", "convert.py",
+    "more = [added(content, int(i)) for content, i in old.items()]", "more = []",
+    "convert.py::test_added_tokens_keep_their_rows")
+
+put("marks-between-pieces", "a tokenizer is tried with one piece at a time: SentencePiece passes",
+    "convert.py", "tokenizer.decode(pieces[a] + pieces[b]) != a + b",
+    "tokenizer.decode(pieces[a]) != a",
+    "convert.py::test_only_what_gives_back_its_text")
+
+put("export-over-others", "a folder with the five file names is replaced, whoever filled it",
+    "convert.py", "(f.metadata() or {}).get(\"gpt_mini\") == stamp(folder)", "True",
+    "convert.py::test_nothing_of_others_is_deleted")
 
 put("gguf-rows-permuted", "q and k rows stay in GGUF's order: RoPE turns the wrong pairs",
     "data/smollm2.py", "rows.shape[-1]).swapaxes(1, 2)", "rows.shape[-1])",
