@@ -22,10 +22,10 @@ import hashlib, inspect, json, os, re, shutil, subprocess, sys, tempfile, unicod
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from model import (GPT, GPTConfig, Parser, TAGS, Tokenizer, cannot_read, cannot_write, fail,
                    file_hashes, finite, load, make_tokenizer, read_checkpoint, read_json, save,
                    say, write_text)
+import torch                                 # after the kernel, as in the stages: its hook is set
 
 # ---------------------------------------------------------------------------- configurations
 
