@@ -22,6 +22,7 @@ import argparse, atexit, errno, fcntl, hashlib, inspect, json, math, os, re, shu
 import sys, threading, time, zipfile
 from contextlib import nullcontext
 from dataclasses import InitVar, asdict, dataclass, fields
+from decimal import Decimal
 
 
 def last_words(kind, error, trace):
@@ -534,12 +535,13 @@ class Tokenizer:
         """[{"role", "content"}, ...] -> ids, completion_mask (lists of equal length).
 
         The mask comes from the roles: 1 on an assistant's content and the <|end|> that closes it,
-        0 on everything else. Each turn is encoded apart, so that no merge crosses a seam and the
-        prompt has the same ids in training and in rollouts. If the last turn is the user's, the
-        assistant's header is appended: this is the prompt to complete.
+        0 on everything else. So a dialogue teaches all of its assistant's turns, the earlier ones
+        too; a preference compares the last alone. Each turn is encoded apart, so that no merge
+        crosses a seam and the prompt has the same ids in training and in rollouts. If the last turn
+        is not the assistant's, its header is appended: this is the prompt to complete.
         """
         ids, mask, before = [], [], ""
-        for m in messages:
+        for m in checked(messages):
             new, head = m["role"] == "assistant", self.header(before, m["role"])
             text = m["content"].strip() if self.spec.get("strip") else m["content"]
             body = (self.encode_completion if new else self.encode)(text)
@@ -555,8 +557,10 @@ class Tokenizer:
     def prompt(self, prompt, primer=""):
         """A prompt (string or messages) -> ids up to where the completion begins.
         `primer` opens the completion, for example "<think>"."""
-        ids, _ = self.chat(turns(prompt))
-        return ids + self.encode_completion(primer)
+        messages = checked(turns(prompt))
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the prompt ends with the assistant's turn: nothing is left to say")
+        return self.chat(messages)[0] + self.encode_completion(primer)
 
 
 def as_control(spec):
@@ -570,7 +574,54 @@ def as_control(spec):
 
 
 def turns(prompt):
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+ROLES = ("system", "user", "assistant")
+# What changes the meaning of a message, or of a row, and no stage follows: `unused` finds it.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+IN_MESSAGE = ("name", "weight", "train", "loss", "tools", "tool_calls", "tool_call_id",
+              "function_call", "refusal", "image", "images", "audio", *REASONING)
+IN_ROW = ("system", "system_prompt", "history", "input", "context", "documents", "tools",
+          "functions", "weight", "train", "image", "images", "audio", "video", "videos",
+          "chat_template_kwargs")
+
+
+def unused(of, names):
+    """The first of the fields that says something (null, empty, 1 and true do not), or None."""
+    return next((k for k in names if of.get(k) not in (None, "", "[]", [], {}, 1)), None)
+
+
+def text_of(content):
+    """A content, a string or parts {"type": "text", "text"}, which are joined as they are."""
+    part = lambda p: isinstance(p, dict) and p.get("type", "text") == "text" and p.get("text")
+    parts = content if isinstance(content, list) and content else [None]
+    texts = [content] if isinstance(content, str) else list(map(part, parts))
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a content is a text, or a list of parts {'type': 'text', 'text'}")
+    return "".join(texts)
+
+
+def checked(messages):
+    """Messages -> [{"role", "content": text}, ...]; ValueError says what is wrong with others."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError("turns are a text, or a list of {'role', 'content'} that is not empty")
+    clean, before = [], ""
+    for n, m in enumerate(messages, 1):
+        if not isinstance(m, dict) or m.get("role") not in ROLES:
+            role = repr(m.get("role")) if isinstance(m, dict) else "none"
+            raise ValueError(f"turn {n}: its role is {role[:40]}, and not {', '.join(ROLES)}")
+        if unused(m, IN_MESSAGE):
+            raise ValueError(f"turn {n}: no stage uses its {unused(m, IN_MESSAGE)!r}: "
+                             "data/messages.py prepares such rows, or says why it cannot")
+        if m["role"] == before == "assistant":
+            raise ValueError(f"turn {n}: the assistant's turn follows another of its turns")
+        try:
+            clean.append({"role": m["role"], "content": text_of(m.get("content"))})
+        except ValueError as e:
+            raise ValueError(f"turn {n}: {e}") from None
+        before = m["role"]
+    return clean
 
 
 def load_tokenizer(path):
@@ -609,10 +660,67 @@ def read_rows(path, *keys):
                     row.get(k) in (None, "", []) for k in key.split("|")):
                 fail(f"{path}, line {n}: no {key.replace('|', ' or ')!r}, or empty; "
                      f"a row here needs {', '.join(keys)}")
-        rows.append(row | {"line": n})
+        try:
+            rows.append(understood(row, {k for key in keys for k in key.split("|")}) | {"line": n})
+        except ValueError as e:
+            fail(f"{path}, line {n}: {e}")
     if not rows:
         fail(f"{path} has no rows: run {command_for(path)} again")
     return rows
+
+
+def understood(row, keys):
+    """A row of a stage -> the same, its completions (chosen, rejected) as texts and its answer as a
+    text or texts. ValueError where a field would be lost or is not what it must be."""
+    if not keys & {"prompt", "messages"}:
+        return row                                  # tasks.py has rows of its own
+    lost = unused(row, [k for k in IN_ROW + REASONING * ("completion" in keys) if k not in keys])
+    if lost:
+        raise ValueError(f"no stage uses {lost!r}: data/messages.py and data/pairs.py prepare such "
+                         "rows, or say why they cannot")
+    if not keys & {"label", "answer"} and false_label(row):
+        raise ValueError("its label is false: this is no demonstration, and no pair")
+    if "messages" in keys and row.get("messages"):
+        if checked(row["messages"])[-1]["role"] != "assistant":
+            raise ValueError("the last turn is not the assistant's: there is no completion")
+        return row
+    checked(turns(row.get("prompt")))
+    if "answer" in keys:
+        return row | {"answer": answer_of(row["answer"])}
+    return row | {key: last_turn(row.get(key), row["prompt"], key)
+                  for key in ("completion", "chosen", "rejected") if key in keys}
+
+
+def false_label(row):
+    """Rows for KTO say with `label` (or kto_tag) whether the completion is a good one."""
+    return any(str(row.get(k)).lower() in ("false", "0", "0.0", "-1") for k in ("label", "kto_tag"))
+
+
+def answer_of(value):
+    """A string, a number, or a list of them, any of which is right -> string or list of strings."""
+    if isinstance(value, list) and value and not any(isinstance(v, list) for v in value):
+        return [answer_of(v) for v in value]
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else f"{Decimal(repr(value)):f}"
+    if isinstance(value, (str, int)) and not isinstance(value, bool) and str(value).strip():
+        return str(value)
+    raise ValueError(f"the answer is a text, a number or a list of them, not {str(value)[:40]!r}")
+
+
+def last_turn(said, prompt, key):
+    """A completion as text. As messages it ends with the assistant's turn, and what stands before
+    that one is the prompt once more, or nothing."""
+    if isinstance(said, str):
+        return said
+    try:
+        *before, last = checked(said)
+    except ValueError as e:
+        raise ValueError(f"{key}: {e}") from None
+    if last["role"] != "assistant":
+        raise ValueError(f"{key}: its last turn is not the assistant's")
+    if before and before != checked(turns(prompt)):
+        raise ValueError(f"{key}: the turns before its last one are not the prompt's")
+    return last["content"]
 
 
 def encode_rows(rows, path, encode, block_size):
