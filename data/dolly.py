@@ -11,21 +11,21 @@ as [42] leave the context, as the data's authors advise. Conover et al. 2023; CC
 """
 import re
 
-from common import Drop, check, cli, field, prepare, untagged
+from rows import Drop, cli, field, prepare, task, untagged
 
 
 def convert(row):
-    task, answer = field(row, "instruction"), field(row, "response", "output")
+    answer = field(row, "response", "output")
     given = re.sub(r"\[\d+\]", "", field(row, "context", "input")).strip()
-    if not task or not answer:
-        raise Drop("empty instruction or response")
-    return {"prompt": f"{task}\n\n{given}" if given else task, "completion": untagged(answer),
+    if not answer:
+        raise Drop("empty response")
+    return {"prompt": task({**row, "context": given}, "context"), "completion": untagged(answer),
             "kind": field(row, "category")}
 
 
 def main(argv=None):
-    args = check(cli(__doc__, "dolly", hub="databricks/databricks-dolly-15k").parse_args(argv))
-    prepare(args, "sft", convert)
+    args = cli(__doc__, "dolly", hub="databricks/databricks-dolly-15k").parse_args(argv)
+    prepare(args, "dolly", "sft", convert, ("context", "input"))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ Cobbe et al. 2021; MIT.
 """
 import re
 
-from common import (Drop, add_tokenizer, check, cli, field, find_tokenizer, numeric, split_rows,
-                    untagged, write_ids, write_json, write_rows)
+from common import NewSet, add_tokenizer, find_tokenizer
+from rows import Drop, check, cli, field, numeric, split_rows, untagged
 
 
-def convert(row):
-    """A source row -> {"prompt", "solution", "answer", "steps"}."""
+def convert(row, tokenizer):
+    """A source row -> {"prompt", "solution", "answer", "steps", "ids"}. ValueError where the
+    tokenizer lacks a character, so that the row is named."""
     question = field(row, "question")
     body, mark, answer = field(row, "answer").rpartition("####")
     solution = re.sub(r"<<.*?>>", "", untagged(body)).strip()
@@ -30,35 +31,33 @@ def convert(row):
     if not question or not solution:
         raise Drop("empty text")
     return {"prompt": question, "solution": solution, "answer": numeric(answer),
-            "steps": body.count("<<")}
+            "steps": body.count("<<"),
+            "ids": tokenizer.encode(f"{question}\n{solution}") + [tokenizer.end]}
 
 
-def write_part(out, part, rows, tokenizer):
+def write_part(new, part, rows, tokenizer):
     """All files of train or val; of test the questions alone."""
-    write_rows(f"{out}/rl_{part}.jsonl",
-               [{k: r[k] for k in ("prompt", "answer", "steps")} for r in rows])
+    new.rows(f"rl_{part}.jsonl", [{k: r[k] for k in ("prompt", "answer", "steps")} for r in rows])
     if part == "test":
         return
     direct = [f"<answer>{r['answer']}</answer>" for r in rows]
     traced = [f"<think>{r['solution']}</think>{a}" for r, a in zip(rows, direct)]
     for kind, completions in (("sft", direct), ("cot", traced)):
-        write_rows(f"{out}/{kind}_{part}.jsonl", [{"prompt": r["prompt"], "completion": c}
-                                                  for r, c in zip(rows, completions)])
-    ids = []
-    for r in rows:
-        ids += tokenizer.encode(f"{r['prompt']}\n{r['solution']}") + [tokenizer.end]
-    write_ids(f"{out}/{part}.bin", ids, tokenizer.vocab_size)
+        new.rows(f"{kind}_{part}.jsonl", [{"prompt": r["prompt"], "completion": c}
+                                          for r, c in zip(rows, completions)])
+    new.ids(f"{part}.bin", [i for r in rows for i in r["ids"]], tokenizer)
 
 
 def main(argv=None):
     parser = cli(__doc__, "gsm8k", hub="openai/gsm8k", config="main", test_split="test")
     add_tokenizer(parser)
     args = check(parser.parse_args(argv))
-    tokenizer = find_tokenizer(args.tokenizer)
-    parts = split_rows(args, convert)
-    write_json(f"{args.out}/tokenizer.json", tokenizer.spec)
-    for part, rows in parts.items():
-        write_part(args.out, part, rows, tokenizer)
+    with NewSet(args.out, "gsm8k") as new:
+        tokenizer = find_tokenizer(args.tokenizer)
+        parts = split_rows(args, lambda row: convert(row, tokenizer))
+        new.json("tokenizer.json", tokenizer.spec)
+        for part, rows in parts.items():
+            write_part(new, part, rows, tokenizer)
 
 
 if __name__ == "__main__":

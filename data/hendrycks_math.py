@@ -14,7 +14,7 @@ al. 2021; MIT.
 """
 import re
 
-from common import Drop, check, cli, field, numeric, prepare
+from rows import Drop, cli, field, numeric, prepare
 
 SUBJECTS = ("algebra,counting_and_probability,geometry,intermediate_algebra,number_theory,"
             "prealgebra,precalculus")
@@ -43,7 +43,7 @@ def convert(row):
 def main(argv=None):
     parser = cli(__doc__, "hendrycks_math", hub="EleutherAI/hendrycks_math", config=SUBJECTS,
                  test_split="test")
-    prepare(check(parser.parse_args(argv)), "rl", convert)
+    prepare(parser.parse_args(argv), "hendrycks_math", "rl", convert)
 
 
 if __name__ == "__main__":

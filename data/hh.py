@@ -14,7 +14,7 @@ write "Human:" itself. Bai et al. 2022; MIT. It holds offensive text by design.
 """
 import re
 
-from common import Drop, check, cli, field, pair, prepare
+from rows import Drop, cli, field, pair, prepare
 
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -44,8 +44,8 @@ def convert(row):
 
 
 def main(argv=None):
-    args = check(cli(__doc__, "hh", hub="Anthropic/hh-rlhf", test_split="test").parse_args(argv))
-    prepare(args, "pairs", convert)
+    args = cli(__doc__, "hh", hub="Anthropic/hh-rlhf", test_split="test").parse_args(argv)
+    prepare(args, "hh", "pairs", convert)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,23 @@ does not matter. What is held out in one folder is held out in all: a train row 
 or test anywhere, and a val row whose prompt is test, are dropped and counted. Text is mixed where
 it is encoded: data/text.py takes several sources at once.
 """
-import argparse
 import os
 
-from common import check, read_file, said_first, write_rows
-from model import fail
+from common import NewSet, add_flags, place, read_file
+from model import Parser, fail, say
+from rows import said_first
 
 PARTS = ("test", "val", "train")
 
 
 def read_all(folders):
-    """-> {(kind, part): rows}, test first: each part drops what the ones before it ask."""
+    """-> {(kind, part): [(row, key of its prompt)]}, test first: each part drops what the ones
+    before it ask."""
     files = {}
     for part in PARTS:
         for kind in ("sft", "cot", "pairs", "rl"):
             paths = [f"{folder}/{kind}_{part}.jsonl" for folder in folders]
-            rows = [row for path in paths if os.path.isfile(path) for _, row, _ in read_file(path)]
+            rows = [row for path in paths if os.path.isfile(path) for row in read_rows(path)]
             if rows:
                 files[kind, part] = rows
     if not files:
@@ -31,28 +32,40 @@ def read_all(folders):
     return files
 
 
+def read_rows(path):
+    for n, row, _ in read_file(path):
+        try:
+            yield row, said_first(row)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            what = e if isinstance(e, ValueError) else "not a row that a preparer wrote"
+            fail(f"{place(path, n)}: {what}")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", help="folders that other preparers have written")
-    parser.add_argument("--out", default="out/data/mix", help="folder (%(default)s)")
-    args = check(parser.parse_args(argv))
+    add_flags(parser, ("out", "out/data/mix", "folder; what an earlier run made is replaced"))
+    args = parser.parse_args(argv)
     for folder in args.folders:
-        if not os.path.isdir(folder) or os.path.realpath(folder) == os.path.realpath(args.out):
-            fail(f"{folder} is no folder, or the same as --out")
-    files, held = read_all(args.folders), set()
-    for part in PARTS:
-        asked = set()
-        for (kind, of), rows in files.items():
-            if of != part:
-                continue
-            keys = [said_first(row) for row in rows]
-            kept = [row for row, key in zip(rows, keys) if key not in held]
-            asked.update(keys)
-            print(f"{kind} {part}: {len(rows):,} rows read, {len(kept):,} kept, "
-                  f"{len(rows) - len(kept):,} dropped (held out elsewhere)", flush=True)
-            write_rows(f"{args.out}/{kind}_{part}.jsonl", kept)
-        held |= asked
+        if not os.path.isdir(folder):
+            fail(f"{folder} is no folder" if os.path.exists(folder) else f"{folder} is missing")
+        if os.path.realpath(folder) == os.path.realpath(args.out):
+            fail(f"{folder} is --out as well: the mixture needs a folder of its own")
+    with NewSet(args.out, "mix") as new:
+        files, held = read_all(args.folders), set()
+        for part in PARTS:
+            asked = set()
+            for (kind, of), rows in files.items():
+                if of != part:
+                    continue
+                kept = [row for row, key in rows if key not in held]
+                asked.update(key for _, key in rows)
+                say(f"{kind} {part}: {len(rows):,} rows read, {len(kept):,} kept, "
+                    f"{len(rows) - len(kept):,} dropped (held out elsewhere)")
+                if not kept:
+                    fail(f"{kind} {part}: no row is left: all its prompts are held out elsewhere")
+                new.rows(f"{kind}_{part}.jsonl", kept)
+            held |= asked
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ holds all 1,000 problems: ask them all with --test, or hold a share out with --t
     python data/svamp.py --train SVAMP.json --test_share 0.3   one file in three
     python data/svamp.py                                       from the Hub (ChilleD/SVAMP)
 """
-from common import Drop, check, cli, field, numeric, prepare
+from rows import Drop, cli, field, numeric, prepare
 
 
 def convert(row):
@@ -25,8 +25,8 @@ def convert(row):
 
 
 def main(argv=None):
-    args = check(cli(__doc__, "svamp", hub="ChilleD/SVAMP", test_split="test").parse_args(argv))
-    prepare(args, "rl", convert)
+    args = cli(__doc__, "svamp", hub="ChilleD/SVAMP", test_split="test").parse_args(argv)
+    prepare(args, "svamp", "rl", convert)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,21 @@
     python data/text.py corpus/ more.jsonl.zst --out out/data/mine          local files and folders
     python data/text.py wiki.txt --separator "\\n" --tokenizer tokenizer.json
 
-Local files are .jsonl, .json or .parquet with the text under --key, or .txt and .md; all also as
-.gz or .zst. A .txt file is one document unless --separator (a regular expression; <|endoftext|> is
-the default) says where the next begins; it is read whole, so large text is better kept as .jsonl.
+Local files are .jsonl, .json, .csv or .parquet with the text under --key, or .txt and .md; all also
+as .gz or .zst. A .txt file is one document unless --separator (a regular expression; the default is
+<|endoftext|>) says where the next begins; it is read whole, so large text is better kept as .jsonl.
 
 Each document is followed by the end token, and its hash decides whether it is train or val. All
 cores encode; one process reads and writes, in order. So the files do not depend on --workers, and
-an interrupted run continues where it was (text.json in --out knows) and ends in the same bytes.
+an interrupted run continues where it was (text.part.json in --out knows) and ends in the same
+bytes; what an earlier run made stays until the new files are whole.
 """
-import argparse
+# These first: they make Ctrl-C a line while the rest is imported.
+from common import (NewSet, about_ids, add_flags, add_tokenizer, draw, find_files, find_tokenizer,
+                    id_type, kind_of, load_hub, no_hub, place, read_file, read_text, reading)
+from model import (Parser, Progress, Tokenizer, cannot_write, check_ranges, fail, parse_json, say,
+                   write_text)
+
 import json
 import os
 import re
@@ -27,15 +33,12 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-from common import (add_tokenizer, check, draw, find_files, find_tokenizer, id_type, kind_of,
-                    load_hub, no_hub, place, read_file, read_text, write_json)
-from model import Tokenizer, cannot_write, fail, write_text
-
 SOURCES = {"pile": ("monology/pile-uncopyrighted", ""),
            "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
            "openwebtext": ("Skylion007/openwebtext", ""),
            "tinystories": ("roneneldan/TinyStories", "")}
 PARTS = ("train", "val")
+FILES = ("train.bin", "train.bin.json", "val.bin", "val.bin.json", "tokenizer.json", "text.json")
 PIECE = 1_000_000       # characters that a worker gets at once
 SECONDS = 5             # between two records of where we are
 
@@ -146,7 +149,8 @@ def start_worker(spec, val_share, parent):
 
 
 def encode(some):
-    """Documents -> the bytes of their ids, train and val apart, and what was counted."""
+    """Documents -> the bytes of their ids, train and val apart, and what was counted. ValueError
+    on a character that the tokenizer lacks."""
     ids, count = {part: [] for part in PARTS}, Counter(read=len(some))
     for text in some:
         raw = text.encode(errors="replace")            # half a surrogate pair becomes "?"
@@ -155,7 +159,10 @@ def encode(some):
             continue
         part = "val" if draw(text) < share else "train"
         before = len(ids[part])
-        ids[part] += tokenizer.encode(raw.decode()) + [tokenizer.end]
+        try:
+            ids[part] += tokenizer.encode(raw.decode()) + [tokenizer.end]
+        except ValueError as e:
+            raise ValueError(f"{e}, for the document that begins {text.strip()[:40]!r}") from None
         count.update({part: 1, f"{part}_tokens": len(ids[part]) - before, "bytes": len(raw)})
     kind = id_type(tokenizer.vocab_size)
     return {part: np.array(ids[part], kind).tobytes() for part in PARTS}, count
@@ -177,76 +184,84 @@ def encode_all(pool, source, workers):
 
 
 def resume(out, record):
-    """What text.json says of an interrupted run with this very record; a new run's state; or None
-    if there is nothing left to do."""
-    path = f"{out}/text.json"
-    new = {"record": record, "finished": False, "position": None, "count": {}}
+    """What text.part.json says of an interrupted run with this very record; a new run's state; or
+    None if there is nothing left to do: text.json is the record of the files that are there."""
+    begun, done = read_state(f"{out}/text.part.json"), read_state(f"{out}/text.json")
+    if begun is not None:
+        other = [k for k in record if begun["record"].get(k) != record[k]]
+        if other:
+            fail(f"{out}/text.part.json is an unfinished run with other {', '.join(other)}: delete "
+                 "it to start afresh, or choose another --out")
+        return begun
+    if done and done["record"] == record and all(os.path.isfile(f"{out}/{f}") for f in FILES):
+        return None
+    return {"record": record, "position": None, "count": {}}
+
+
+def read_state(path):
     if not os.path.isfile(path):
-        return new
+        return None
+    with reading(path, "JSON") as f:
+        text = f.read()
     try:
-        with open(path) as f:
-            state = json.load(f)
-        other = [k for k in record if state["record"].get(k) != record[k]]
-        finished = state["finished"]
-    except (ValueError, KeyError, AttributeError, TypeError):
+        state = parse_json(text)
+        state["record"].items(), state["position"], state["count"].items()
+    except (ValueError, LookupError, TypeError, AttributeError):
         fail(f"{path} is damaged: delete it to start afresh")
-    if other and not finished:
-        fail(f"{path} is an unfinished run with other {', '.join(other)}: delete it to start "
-             "afresh, or choose another --out")
-    if not other and finished:
-        publish(out)
-        if all(os.path.isfile(f"{out}/{name}") for name in ("train.bin", "val.bin",
-                                                            "tokenizer.json")):
-            return None
-    return new if finished else state
-
-
-def publish(out):
-    for part in PARTS:
-        if os.path.isfile(f"{out}/{part}.bin.part"):
-            os.replace(f"{out}/{part}.bin.part", f"{out}/{part}.bin")
+    return state
 
 
 def open_parts(out, state, width):
-    """The two files that grow, cut back to what text.json has recorded."""
+    """The two files that grow, cut back to what text.part.json has recorded."""
     files = {}
     for part in PARTS:
         path, size = f"{out}/{part}.bin.part", state["count"].get(f"{part}_tokens", 0) * width
         if size and (not os.path.isfile(path) or os.path.getsize(path) < size):
-            fail(f"{path} holds less than {out}/text.json says: delete text.json to start afresh")
-        files[part] = open(path, "r+b" if size else "wb")
-        files[part].truncate(size)
-        files[part].seek(size)
+            fail(f"{path} holds less than {out}/text.part.json says: delete text.part.json to "
+                 "start afresh")
+        try:
+            files[part] = open(path, "r+b" if size else "wb")
+            files[part].truncate(size)
+            files[part].seek(size)
+        except OSError as e:
+            cannot_write(path, e)
     return files
 
 
 def record_state(out, state, files):
-    """First the ids are on disk, then text.json says so."""
+    """First the ids are on disk, then text.part.json says so."""
     for file in files.values():
         file.flush()
         os.fsync(file.fileno())
-    write_text(f"{out}/text.json", json.dumps(state) + "\n")
+    write_text(f"{out}/text.part.json", json.dumps(state) + "\n")
 
 
-class Progress:
-    """A line from time to time: how far, tokens a second, time left."""
+def forget(out):
+    """What this run has begun cannot become a set."""
+    for name in ("text.part.json", "train.bin.part", "val.bin.part"):
+        if os.path.isfile(f"{out}/{name}"):
+            os.remove(f"{out}/{name}")
 
-    def __init__(self, name, tokens):
-        self.name, self.begun, self.first, self.last = name, time.monotonic(), tokens, 0.0
-        self.share = None
 
-    def __call__(self, tokens, done):
-        now = time.monotonic()
-        self.share = self.share if self.share is not None else done or 0.0
-        if now - self.last < SECONDS:
-            return
-        self.last = now
-        speed, left = (tokens - self.first) / (now - self.begun), ""
-        if done and done > self.share:
-            seconds = int((now - self.begun) / (done - self.share) * max(0, 1 - done))
-            left = f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-        print(f"{self.name}: {f'{100 * done:5.1f} %  ' if done else ''}{tokens:,} tokens  "
-              f"{speed:,.0f} tokens/s{left}", flush=True)
+def reporter(args, count):
+    """progress(count, share of the source or None): percents and time left, where they are known;
+    else a line from time to time."""
+    first, begun, shown = count["train_tokens"] + count["val_tokens"], time.monotonic(), []
+
+    def progress(count, share):
+        tokens = count["train_tokens"] + count["val_tokens"]
+        speed = (tokens - first) / (time.monotonic() - begun)
+        text = f"{tokens:,} tokens  {speed:,.0f} tokens/s"
+        if args.tokens:
+            share = min(1, max(share or 0, count["train_tokens"] / args.tokens))
+        if share is not None:
+            shown[:] = shown or [Progress(args.name, 100, int(100 * share))]
+            shown[0](int(100 * share), text)
+        elif not shown or time.monotonic() > shown[-1] + 6 * SECONDS:
+            shown.append(time.monotonic())
+            say(f"{args.name:>12}  {text}")
+
+    return progress
 
 
 # ---------------------------------------------------------------------------- all of it
@@ -256,7 +271,7 @@ def run(args, source, state, tokenizer, workers):
     """Encode what is left of the source into the .part files -> counts of all of it."""
     width = id_type(tokenizer.vocab_size)().itemsize
     files, count = open_parts(args.out, state, width), Counter(state["count"])
-    progress, saved = Progress(args.name, count["train_tokens"] + count["val_tokens"]), 0.0
+    progress, saved = reporter(args, count), 0.0
     pool = ProcessPoolExecutor(workers, initializer=start_worker,
                                initargs=(tokenizer.spec, args.val_share, os.getpid()))
     try:
@@ -271,18 +286,17 @@ def run(args, source, state, tokenizer, workers):
                 if time.monotonic() - saved > SECONDS:
                     record_state(args.out, state, files)
                     saved = time.monotonic()
-                tokens = count["train_tokens"]
-                progress(tokens + count["val_tokens"],
-                         min(1, max(done or 0, tokens / args.tokens)) if args.tokens else done)
+                progress(count, done)
                 if enough():
                     break
         record_state(args.out, state, files)
     except OSError as e:
         cannot_write(f"{args.out}/*.bin.part", e)
-    except BrokenProcessPool:
+    except (BrokenProcessPool, MemoryError):
         fail("a worker process died (no memory?); the same command, with fewer --workers, goes on")
     except ValueError as e:
-        fail(f"the tokenizer cannot encode this text: {e}")
+        forget(args.out)
+        fail(f"the tokenizer cannot write this text: {e}")
     except KeyboardInterrupt:
         fail(f"stopped after {count['read']:,} documents; the same command continues", 130)
     finally:
@@ -292,69 +306,66 @@ def run(args, source, state, tokenizer, workers):
     return count
 
 
-def finish(args, state, tokenizer, count):
-    """Say what was read and give the files their names."""
-    print(f"{args.name}: {count['read']:,} documents read, {count['train'] + count['val']:,} kept "
-          f"({count['train']:,} train, {count['val']:,} val), {count['empty']:,} dropped (empty)",
-          flush=True)
+def finish(args, new, state, tokenizer, count):
+    """Say what was read and put the files in place."""
+    say(f"{args.name}: {count['read']:,} documents read, {count['train'] + count['val']:,} kept "
+        f"({count['train']:,} train, {count['val']:,} val), {count['empty']:,} dropped (empty)")
     if not count["train"] or not count["val"]:
-        for name in ("text.json", "train.bin.part", "val.bin.part"):
-            os.remove(f"{args.out}/{name}")
+        forget(args.out)
         fail(f"{count['read']} documents leave nothing for train or val at --val_share "
              f"{args.val_share}: raise it, or say with --separator where documents end in .txt")
-    write_json(f"{args.out}/tokenizer.json", tokenizer.spec)
-    write_text(f"{args.out}/text.json", json.dumps(state | {"finished": True}) + "\n")
-    publish(args.out)
     tokens = {part: count[f"{part}_tokens"] for part in PARTS}
-    print(f"{args.out}: {tokens['train']:,} tokens in train.bin, {tokens['val']:,} in val.bin, "
-          f"{count['bytes'] / (sum(tokens.values()) - count['train'] - count['val']):.2f} bytes "
-          "a token", flush=True)
+    for part in PARTS:
+        path = f"{part}.bin.part"
+        ids = np.memmap(f"{args.out}/{path}", id_type(tokenizer.vocab_size), "r")
+        new.take(f"{part}.bin", path, f"{tokens[part]:,} tokens")
+        new.json(f"{part}.bin.json", about_ids(ids, tokenizer))
+    new.json("tokenizer.json", tokenizer.spec)
+    new.take("text.json", "text.part.json", "json")
+    say(f"{args.out}: {tokens['train']:,} tokens in train.bin, {tokens['val']:,} in val.bin, "
+        f"{count['bytes'] / (sum(tokens.values()) - count['train'] - count['val']):.2f} bytes "
+        "a token")
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("sources", nargs="+", help="a name, a Hub id, or files and folders")
     add_tokenizer(parser)
-    for flag, default, said in [
-            ("key", "text", "the field that holds the text"),
-            ("separator", r"<\|endoftext\|>", "between documents of a .txt file"),
-            ("config", "", "configuration of a Hub data set"), ("split", "train", "and its split"),
-            ("tokens", 0, "stop after so many train tokens; 0: all"),
-            ("val_share", 0.01, "share of the documents held out"),
-            ("workers", 0, "processes; 0: all cores"), ("out", "", "folder; '': out/data/NAME")]:
-        parser.add_argument(f"--{flag}", type=type(default), default=default,
-                            help=f"{said} ({default!r})".replace("%", "%%"))
+    add_flags(
+        parser, ("key", "text", "the field that holds the text"),
+        ("separator", r"<\|endoftext\|>", "between documents of a .txt file"),
+        ("config", "", "configuration of a Hub data set"), ("split", "train", "and its split"),
+        ("tokens", 0, "stop after so many train tokens; 0: all"),
+        ("val_share", 0.01, "share of the documents held out"),
+        ("workers", 0, "processes; 0: all cores"), ("out", "", "folder; '': out/data/NAME"))
     args = parser.parse_args(argv)
     last = os.path.basename(args.sources[0].rstrip("/"))
     args.name = re.sub(r"\W+", "-", last.split(".")[0].lower()).strip("-") or "text"
     args.out = args.out or f"out/data/{args.name}"
-    if args.tokens < 0 or args.workers < 0:
-        fail("--tokens and --workers must be 0 or more")
+    check_ranges(vars(args), "text")
     try:
         re.compile(args.separator)
     except re.error as e:
         fail(f"--separator {args.separator!r} is no regular expression: {e}")
-    return check(args)
+    return args
 
 
 def main(argv=None):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"     # the workers are the parallelism
     args = parse(argv)
     identity, source = find_source(args)
-    tokenizer = find_tokenizer(args.tokenizer)
-    record = {"source": identity, "tokenizer": draw(json.dumps(tokenizer.spec, sort_keys=True))}
-    record |= {k: getattr(args, k) for k in ("key", "separator", "tokens", "val_share")}
-    try:
-        os.makedirs(args.out, exist_ok=True)
+    with NewSet(args.out, "text") as new:
+        tokenizer = find_tokenizer(args.tokenizer)
+        spec = json.dumps(tokenizer.spec, sort_keys=True)
+        record = {"source": identity, "tokenizer": draw(spec)}
+        record |= {k: getattr(args, k) for k in ("key", "separator", "tokens", "val_share")}
         state = resume(args.out, json.loads(json.dumps(record)))
         if state is None:
-            print(f"{args.out} is up to date", flush=True)
+            say(f"{args.out} is up to date")
             return
+        new.claim(FILES)
         count = run(args, source, state, tokenizer, args.workers or os.cpu_count())
-    except OSError as e:
-        cannot_write(args.out, e)
-    finish(args, state, tokenizer, count)
+        finish(args, new, state, tokenizer, count)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,12 @@ What makes a trace worse. `hasty`: several operations in one line, wrong half of
 `pad`: a line said twice (longer). `skip`: one operation of the question ignored (shorter).
 `wrong`: one line with a wrong result (same length). In the shares below, length says nothing.
 """
-import argparse
 import functools
 import hashlib
-import os
 import random
 
-from common import write_ids, write_json, write_rows
-from model import Tokenizer, fail
+from common import NewSet, add_flags
+from model import Parser, Tokenizer
 
 # ---------------------------------------------------------------------------- constants
 
@@ -456,37 +454,35 @@ BASIC = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789\n !\"'()
 
 
 def main(out):
-    if os.path.exists(out) and not os.path.isdir(out):
-        fail(f"{out} is a file; give --out a folder")
+    with NewSet(out, "toy") as new:
+        write(new)
 
+
+def write(new):
     def rng(name):  # each file has its own, so changing one leaves the others as they are
         return random.Random(f"{SEED} {name}")
 
-    def path(name):
-        return os.path.join(out, name)
-
     tokenizer = Tokenizer({"kind": "chars", "chars": "".join(sorted(BASIC))})
-    write_json(path("tokenizer.json"), tokenizer.spec)
+    new.json("tokenizer.json", tokenizer.spec)
     for split, chars in (("train", 2_200_000), ("val", 100_000)):
         documents = raw_text(rng(f"raw {split}"), split, chars)
         ids = [i for text in documents for i in [*tokenizer.encode(text), tokenizer.end]]
-        write_ids(path(f"{split}.bin"), ids, tokenizer.vocab_size)
+        new.ids(f"{split}.bin", ids, tokenizer)
 
     pools = instructions()
     for split, count in (("train", 16_000), ("val", 500)):
         for name, other, traced in (("sft", 0.15, False), ("cot", 0.10, True)):
-            write_rows(path(f"{name}_{split}.jsonl"), demonstrations(
+            new.rows(f"{name}_{split}.jsonl", demonstrations(
                 rng(f"{name} {split}"), split, count, pools[split], other, traced))
     for split, count in (("train", 8000), ("val", 400), ("test", 2500)):
-        write_rows(path(f"pairs_{split}.jsonl"), pair_rows(rng(f"pairs {split}"), split, count))
+        new.rows(f"pairs_{split}.jsonl", pair_rows(rng(f"pairs {split}"), split, count))
     for split, each, single in (("train", 1500, 0), ("val", 100, 0), ("test", 1000, 400)):
         counts = {1: single} | {steps: each for steps in STEPS[1:]}
-        write_rows(path(f"rl_{split}.jsonl"), rl_rows(rng(f"rl {split}"), split, counts))
-    write_rows(path("chat_test.jsonl"), chat_rows(rng("chat"), pools["test"], 30))
+        new.rows(f"rl_{split}.jsonl", rl_rows(rng(f"rl {split}"), split, counts))
+    new.rows("chat_test.jsonl", chat_rows(rng("chat"), pools["test"], 30))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out/data/toy", help="folder (%(default)s)")
+    parser = Parser(__doc__)
+    add_flags(parser, ("out", "out/data/toy", "folder"))
     main(parser.parse_args().out)

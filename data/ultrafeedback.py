@@ -3,26 +3,20 @@
     {"prompt", "chosen": [user, assistant], "rejected": [user, assistant], "score_chosen", ...}
     ->  {"prompt": [{"role": "user", "content"}], "chosen": answer, "rejected": answer}
 
-Both dialogues must have the same prompt. A pair whose scores are equal says nothing about which
-answer is better, and is dropped. Cui et al. 2023, binarized by Tunstall et al. 2023; MIT.
+Both dialogues must have the same prompt. A pair whose scores are equal, or the other way round,
+does not say which answer is better, and is dropped. Cui et al. 2023, binarized by Tunstall et al.
+2023; MIT.
 
     python data/ultrafeedback.py --train train_prefs.parquet --test test_prefs.parquet
     python data/ultrafeedback.py          from the Hub (HuggingFaceH4/ultrafeedback_binarized)
 """
-from common import Drop, check, cli, preference, prepare
-
-
-def convert(row):
-    better, worse = row.get("score_chosen"), row.get("score_rejected")
-    if better is not None and better == worse:
-        raise Drop("equal scores")
-    return preference(row)
+from rows import cli, preference, prepare
 
 
 def main(argv=None):
     parser = cli(__doc__, "ultrafeedback", hub="HuggingFaceH4/ultrafeedback_binarized",
                  split="train_prefs", test_split="test_prefs")
-    prepare(check(parser.parse_args(argv)), "pairs", convert)
+    prepare(parser.parse_args(argv), "ultrafeedback", "pairs", preference)
 
 
 if __name__ == "__main__":
