@@ -794,11 +794,11 @@ put("gguf-rows-permuted", "q and k rows stay in GGUF's order: RoPE turns the wro
     "data/smollm2.py", "rows.shape[-1]).swapaxes(1, 2)", "rows.shape[-1])",
     "convert.py::test_gguf_rows_are_put_back")
 
-put("split-by-row", "val is drawn by row: the same prompt is in train and val", "data/common.py",
+put("split-by-row", "val is drawn by row: the same prompt is in train and val", "data/rows.py",
     "        x = draw(key)\n", "        x = draw(f\"{key}{len(parts['train'])}\")\n",
     "data.py::test_equal_prompts_never_straddle")
 
-put("test-rows-in-train", "training rows that ask what the test file asks stay", "data/common.py",
+put("test-rows-in-train", "training rows that ask what the test file asks stay", "data/rows.py",
     "        if key in asked:\n", "        if False:\n",
     "data.py::test_equal_prompts_never_straddle")
 
@@ -816,6 +816,49 @@ put("always-solved-kept", "prompts solved 8 times of 8 stay: no advantage, all c
     "data/within_reach.py", "if 0 < tried[row[\"id\"]] < args.samples]",
     "if 0 < tried[row[\"id\"]]]",
     "data.py::test_within_reach")
+
+put("old-test-rows-stay", "test rows of an earlier run stay beside the new training rows",
+    "data/common.py", "gone = [name for name in was if name not in self.made and exists(name)]",
+    "gone = []", "sets.py::test_old_parts_do_not_stay")
+
+put("new-beside-old", "a killed preparer leaves some files of the new set beside old ones",
+    "data/common.py", "for name in todo[\"remove\"] + [name for name, path in move.items() "
+    "if os.path.isfile(path)]:", "for name in todo[\"remove\"]:",
+    "sets.py::test_kill_at_any_moment")
+
+put("stranger-overwritten", "a file that no preparer made is replaced", "data/common.py",
+    "if name in own or not os.path.lexists(path) or self.equal(name):", "if True:", "sets.py::test_files_of_others_are_not_touched")
+
+put("lossy-tokenizer", "text is encoded by a tokenizer that lower-cases it", "data/common.py",
+    "    if text is not None:\n", "    if False:\n",
+    "sets.py::test_only_tokenizers_that_return_their_text")
+
+put("input-lost", "a pair's instruction is kept, the text that it is about is not", "data/rows.py",
+    "said = task(row, \"input\") if key == \"instruction\" else row[key]", "said = row[key]",
+    "rows.py::test_used")
+
+put("false-label-kept", "a completion that is labelled as bad is a demonstration", "data/rows.py",
+    "    if false_label(row):\n", "    if False:\n", "rows.py::test_dropped")
+
+put("units-lost", "5.4 cents is prepared as 5.4, and 5.40 dollars is then right", "data/rows.py",
+    "        return said\n    if \".\" in said", "        return str(value)\n    if \".\" in said",
+    "data.py::test_latex")
+
+put("weight-ignored", "a turn with weight 0 is learned", "data/rows.py",
+    "if any(bool(v) != (role == \"assistant\") or v not in (0, 1) for v in learned.values()):",
+    "if False:", "rows.py::test_dropped")
+
+put("field-lost-by-a-stage", "a stage reads a row with a system text and drops it", "model.py",
+    "    if lost:\n        raise ValueError(f\"no stage uses {lost!r}",
+    "    if False:\n        raise ValueError(f\"no stage uses {lost!r}",
+    "rows.py::test_stages_refuse")
+
+put("dialogue-in-chosen-lost", "of a chosen dialogue the last turn is taken, whatever came before",
+    "model.py", "    if before and before != checked(turns(prompt)):", "    if False:",
+    "rows.py::test_stages_refuse")
+
+put("user-turn-learned", "chosen ends with the user's turn, which is learned", "model.py",
+    "    if last[\"role\"] != \"assistant\":", "    if False:", "rows.py::test_stages_refuse")
 
 put("acc-norm-by-nothing", "acc_norm without the division by length", "tasks.py",
     "np.argmax(np.array(log_p) / list(map(len, options)))", "np.argmax(np.array(log_p))",

@@ -1,8 +1,10 @@
 """The preparers in data/ on rows in each source's own format, and the stages on what they write."""
+import csv
 import gzip
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,12 +20,17 @@ def read(path):
 
 
 def put(path, rows):
-    """Rows as the file's name says: .json, .jsonl (.gz, .zst) or .parquet."""
+    """Rows as the file's name says: .json, .jsonl (.gz, .zst), .csv or .parquet."""
     path, lines = Path(path), "".join(json.dumps(row) + "\n" for row in rows).encode()
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(lines))
     elif path.suffix == ".zst":
@@ -101,7 +108,8 @@ def test_rows(script, tmp_path, capsys, name):
     assert "train: 60 rows read, 60 kept, 0 dropped\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["r.json", "r.jsonl", "r.jsonl.gz", "r.jsonl.zst", "r.parquet"])
+@pytest.mark.parametrize("file", ["r.json", "r.jsonl", "r.jsonl.gz", "r.jsonl.zst", "r.parquet",
+                                  "r.csv"])
 def test_formats(script, tmp_path, file):
     """The same rows come out of every format; a .json that is one object a line is read too."""
     row = MADE["alpaca"][1]
@@ -161,17 +169,21 @@ def test_dropped_and_why(script, tmp_path, capsys, name, row, why):
 
 
 @pytest.mark.parametrize("latex, plain", [
-    ("42", "42"), ("-\\frac{1}{2}", "-1/2"), ("\\dfrac43", "4/3"), ("90^\\circ", "90"),
-    ("10,\\!000", "10000"), ("\\$18.90", "18.9"), ("50\\%", "50"), ("1,234", "1234"),
-    ("120^{\\circ}", "120"), ("1\\frac{1}{2}", "3/2")])
+    ("42", "42"), ("-\\frac{1}{2}", "-1/2"), ("\\dfrac43", "4/3"), ("90^\\circ", "90°"),
+    ("10,\\!000", "10000"), ("\\$18.90", "$18.90"), ("50\\%", "50%"), ("1,234", "1234"),
+    ("120^{\\circ}", "120°"), ("1\\frac{1}{2}", "3/2"), ("18.90", "18.9"), ("51.0", "51"),
+    ("5.4 \\text{ cents}", "5.4 cents"), ("1,234 \\text{ miles}", "1,234 miles")])
 def test_latex(script, tmp_path, latex, plain):
-    """MATH-500 has its own "answer"; the verifier finds what is written here right."""
+    """MATH-500 has its own "answer"; the verifier finds what is written here right, and its unit
+    stays: dollars are no cents, and a bare number is right for either."""
     script("hendrycks_math").main([
         "--test", put(tmp_path / "t.json", [{"problem": "x?", "answer": latex, "level": 1}]),
         "--out", f"{tmp_path}/out"])
     [row] = read(tmp_path / "out/rl_test.jsonl")
     assert row == {"prompt": "x?", "answer": plain, "kind": "level 1"}
-    assert kernel.verify(f"<answer>{plain}</answer><|end|>", row["answer"]) == 1
+    bare = re.sub(r"[^-\d.,/]", "", plain)
+    for said, right in ((plain, 1), (bare, 1), (f"{bare} hours", bare == plain)):
+        assert kernel.verify(f"<answer>{said}</answer><|end|>", row["answer"]) == right, said
 
 
 def test_equal_prompts_never_straddle(script, tmp_path, capsys):
@@ -292,18 +304,18 @@ def test_text_continues(text, tmp_path, monkeypatch, refuses, capsys):
         monkeypatch.setattr(text.module, "read_file", dies)
         refuses(lambda: text(source), "the same command continues", code=130)
         assert not (tmp_path / "text/train.bin").exists()
-        state = json.loads((tmp_path / "text/text.json").read_text())
+        state = json.loads((tmp_path / "text/text.part.json").read_text())
         assert 0 < state["position"]["row"] < stop
         with open(tmp_path / "text/train.bin.part", "ab") as f:
             f.write(b"what a kill had not recorded")
     monkeypatch.setattr(text.module, "read_file", read_file)
     refuses(lambda: text(source, "--tokens", 5), "an unfinished run with other tokens",
-            "text.json", "--out")
+            "text.part.json", "--out")
     for part in ("train", "val"):
         assert (text(source) / f"{part}.bin").read_bytes() == (whole / f"{part}.bin").read_bytes()
     text(source)
     assert capsys.readouterr().out.endswith("text is up to date\n")
-    assert not list((tmp_path / "text").glob("*.part"))
+    assert not list((tmp_path / "text").glob("*.part*"))
     (tmp_path / "text/text.json").write_text("{")
     refuses(lambda: text(source), "text.json is damaged: delete it")
 
@@ -329,7 +341,8 @@ def test_text_survives_a_kill(text, tmp_path, bpe):
     run = subprocess.run([sys.executable, "-c", DIES, *args], stdout=subprocess.DEVNULL,
                          env=os.environ | {"PYTHONPATH": str(ROOT / "data")})
     assert run.returncode == -9
-    assert json.loads((tmp_path / "killed/text.json").read_text())["finished"] is False
+    assert json.loads((tmp_path / "killed/text.part.json").read_text())["position"]
+    assert not (tmp_path / "killed/train.bin").exists()
     text.module.main(args)
     text.module.main([*args[:-1], f"{tmp_path}/whole"])
     for part in ("train", "val"):
@@ -372,7 +385,7 @@ def test_hub_stream(text, tmp_path, monkeypatch, refuses, kind):
 
     monkeypatch.setattr(text.module, "text_of", dies)
     refuses(lambda: text("fineweb-edu"), "stopped after", code=130)
-    state = json.loads((tmp_path / "text/text.json").read_text())
+    state = json.loads((tmp_path / "text/text.part.json").read_text())
     assert 0 < state["position"]["read"] < 77
     monkeypatch.setattr(text.module, "text_of", text_of)
     assert documents_of(text("fineweb-edu")) == documents_of(whole)
@@ -419,13 +432,14 @@ def test_wrong_files(script, text, tmp_path, refuses):
     rows = [MADE["alpaca"][1](i) for i in range(60)]
     good = put(tmp_path / "r.jsonl", rows)
     refuses(alpaca("--train", tmp_path / "none.json"), "none.json is missing")
-    refuses(alpaca("--train", put(tmp_path / "r.csv", rows)), "unknown format", ".parquet")
+    refuses(alpaca("--train", put(tmp_path / "r.xml", rows)), "unknown format", ".parquet")
     (tmp_path / "bad.jsonl").write_text('{"instruction": "x"\n')
     refuses(alpaca("--train", tmp_path / "bad.jsonl"), "bad.jsonl, line 1: not JSON")
     for name in ("r.jsonl.gz", "r.jsonl.zst", "r.parquet"):
         cut = Path(put(tmp_path / name, rows))
         cut.write_bytes(cut.read_bytes()[:-20])
-        refuses(alpaca("--train", cut, "--out", tmp_path / "o"), "is it complete?")
+        what = "cannot be read as parquet" if "parquet" in name else "is truncated or damaged"
+        refuses(alpaca("--train", cut, "--out", tmp_path / "o"), name, what)
     refuses(alpaca("--train", good, "--out", good), "is a file")
     refuses(alpaca("--train", good, "--val_share", 1), "--val_share")
     refuses(alpaca("--train", put(tmp_path / "1.jsonl", rows[:1]), "--out", tmp_path / "o"),

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import toy  # noqa: E402
-from common import write_ids, write_rows  # noqa: E402
 
 OP_OF = {word: op for op, words in toy.WORD_FOR.items() for word in words}
 TRACE = re.compile(r"<think>([^<]*)</think><answer>(\d+)</answer>")
@@ -137,27 +136,9 @@ def test_two_makes_are_equal(made, twin):
     text = process.communicate()[0]
     assert process.returncode == 0, text
     names = sorted(path.name for path in made.iterdir())
-    assert names == sorted(path.name for path in out.iterdir()) and len(names) == 14
+    assert names == sorted(path.name for path in out.iterdir()) and len(names) == 17
     for name in names:
         assert (made / name).read_bytes() == (out / name).read_bytes(), name
-
-
-def test_an_equal_file_is_left_alone(tmp_path):
-    for write, content in ((write_rows, ([{"a": "é"}],)), (write_ids, ([1, 2], 300))):
-        path = tmp_path / "file"
-        write(path, *content)
-        os.utime(path, (1, 1))
-        write(path, *content)
-        assert path.stat().st_mtime == 1
-        write(path, content[0] * 2, *content[1:])
-        assert path.stat().st_mtime > 1
-        assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_id_width_follows_the_vocabulary(tmp_path):
-    for vocab_size, width in ((65536, 2), (65537, 4)):
-        write_ids(tmp_path / "ids", [0, 7], vocab_size)
-        assert (tmp_path / "ids").stat().st_size == 2 * width
 
 
 def test_out_that_is_a_file(tmp_path, capsys):
