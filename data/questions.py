@@ -20,8 +20,8 @@ dropped and counted; true, false and objects are refused. Files: .jsonl, .json, 
 """
 import re
 
-from rows import Drop, as_messages, cli, numeric, prepare
-from model import REASONING, answer_of, fail, number
+from rows import Drop, as_messages, cli, prepare
+from model import REASONING, answer_of, canonical, fail
 
 LONGEST = 100            # characters of an answer; the verifier reads no longer one as a number
 
@@ -62,7 +62,7 @@ def written(answer):
     said = re.sub(r"^(\S+) \(([^()]*)\)$", r"\1 \2", said)             # ASDiv: 9 (apples)
     if len(said) > LONGEST:
         raise Drop(f"an answer longer than {LONGEST} characters")
-    return numeric(said) if number(said) is not None else said
+    return canonical(said) or said
 
 
 def convert(row, args):

@@ -12,11 +12,10 @@ import hashlib
 import json
 import re
 from collections import Counter
-from decimal import Decimal
 
 from common import NewSet, add_flags, draw, find_files, load_hub, place, read_file
-from model import (IN_MESSAGE, IN_ROW, REASONING, TAGS, Parser, check_ranges, fail, false_label,
-                   number, plain, say, text_of, unused)
+from model import (IN_MESSAGE, IN_ROW, REASONING, TAGS, Parser, canonical, check_ranges, fail,
+                   false_label, say, text_of, unused)
 
 # ---------------------------------------------------------------------------- fields
 
@@ -58,18 +57,12 @@ def task(row, *inputs):
 
 
 def numeric(text):
-    """The number that the verifier reads in an answer: "1,000" -> "1000", "51.0" -> "51",
-    "-\\frac{1}{2}" -> "-1/2". A unit stays, and the number as it was said: "5.4 \\text{ cents}" ->
-    "5.4 cents", "\\$18.90" -> "$18.90"; the verifier takes a bare 5.4 for either."""
-    value = number(text)
-    if value is None:
+    """A number as the verifier reads it, in one spelling and with its unit, so that 5.40 dollars
+    are not right where "5.4 \\text{ cents}" are asked for. (A bare 5.4 is right for either.)"""
+    said = canonical(text)
+    if said is None:
         raise Drop("the answer is not a number")
-    said = plain(text)
-    if re.search(r"[^\W\d_]|[%°$€£]", said):
-        return said
-    if "." in said and value.denominator > 1:
-        return str(Decimal(value.numerator) / value.denominator)
-    return str(value)
+    return said
 
 
 # ---------------------------------------------------------------------------- messages
