@@ -841,7 +841,7 @@ put("false-label-kept", "a completion that is labelled as bad is a demonstration
     "    if false_label(row):\n", "    if False:\n", "rows.py::test_dropped")
 
 put("units-lost", "5.4 cents is prepared as 5.4, and 5.40 dollars is then right", "data/rows.py",
-    "        return said\n    if \".\" in said", "        return str(value)\n    if \".\" in said",
+    "    said = canonical(text)\n", "    said = (canonical(text) or \"\").split(\" \")[0] or None\n",
     "data.py::test_latex")
 
 put("weight-ignored", "a turn with weight 0 is learned", "data/rows.py",

@@ -169,10 +169,10 @@ def test_dropped_and_why(script, tmp_path, capsys, name, row, why):
 
 
 @pytest.mark.parametrize("latex, plain", [
-    ("42", "42"), ("-\\frac{1}{2}", "-1/2"), ("\\dfrac43", "4/3"), ("90^\\circ", "90°"),
-    ("10,\\!000", "10000"), ("\\$18.90", "$18.90"), ("50\\%", "50%"), ("1,234", "1234"),
-    ("120^{\\circ}", "120°"), ("1\\frac{1}{2}", "3/2"), ("18.90", "18.9"), ("51.0", "51"),
-    ("5.4 \\text{ cents}", "5.4 cents"), ("1,234 \\text{ miles}", "1,234 miles")])
+    ("42", "42"), ("-\\frac{1}{2}", "-1/2"), ("\\dfrac43", "4/3"), ("90^\\circ", "90 degrees"),
+    ("10,\\!000", "10000"), ("\\$18.90", "18.9 dollars"), ("50\\%", "50 percent"),
+    ("1,234", "1234"), ("1\\frac{1}{2}", "3/2"), ("18.90", "18.9"), ("51.0", "51"),
+    ("5.4 \\text{ cents}", "5.4 cents"), ("1,234 \\text{ miles}", "1234 miles")])
 def test_latex(script, tmp_path, latex, plain):
     """MATH-500 has its own "answer"; the verifier finds what is written here right, and its unit
     stays: dollars are no cents, and a bare number is right for either."""

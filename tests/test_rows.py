@@ -275,7 +275,7 @@ VERL = {"data_source": "x", "prompt": [U], "reward_model": {"ground_truth": "72"
      ["Make {target} of {nums}?", "solution"], ("Make 3 of 1\n2?", "1+2")),
     ({"q": "x", "a": "It is so.\n#### 1,500"}, ["q", "a"], ("x", "1500")),
     ({"q": "x", "a": ["5.4 \\text{ cents}", "5.40 cents", 5]}, ["q", "a"],
-     ("x", ["5.4 cents", "5.40 cents", "5"])),
+     ("x", ["5.4 cents", "5"])),
     ({"input": "x", "a": 5}, ["input", "a"], ("x", "5")),
     ({"q": "x", "a": None}, ["q", "a"], "no answer"),
     ({"q": "x", "a": " "}, ["q", "a"], "no answer"),
