@@ -60,7 +60,7 @@ class Config:
 
 def encode(tokenizer, row):
     """{"prompt", "answer"} -> [(prompt ids, answer)]."""
-    return [(tokenizer.prompt(row["prompt"]), str(row["answer"]))]
+    return [(tokenizer.prompt(row["prompt"]), row["answer"])]
 
 
 def read(cfg, name, tokenizer, model):
