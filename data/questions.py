@@ -21,7 +21,8 @@ dropped and counted; true, false and objects are refused. Files: .jsonl, .json, 
 import re
 
 from rows import Drop, as_messages, cli, prepare
-from model import REASONING, answer_of, canonical, fail
+from answers import canonical
+from model import REASONING, answer_of, fail
 
 LONGEST = 100            # characters of an answer; the verifier reads no longer one as a number
 

@@ -14,8 +14,9 @@ import re
 from collections import Counter
 
 from common import NewSet, add_flags, draw, find_files, load_hub, place, read_file
-from model import (IN_MESSAGE, IN_ROW, REASONING, TAGS, Parser, canonical, check_ranges, fail,
-                   false_label, say, text_of, unused)
+from answers import canonical
+from model import (IN_MESSAGE, IN_ROW, REASONING, TAGS, Parser, check_ranges, fail, false_label,
+                   say, text_of, unused)
 
 # ---------------------------------------------------------------------------- fields
 
