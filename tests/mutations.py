@@ -827,7 +827,8 @@ put("new-beside-old", "a killed preparer leaves some files of the new set beside
     "sets.py::test_kill_at_any_moment")
 
 put("stranger-overwritten", "a file that no preparer made is replaced", "data/common.py",
-    "if name in own or not os.path.lexists(path) or self.equal(name):", "if True:", "sets.py::test_files_of_others_are_not_touched")
+    "if name in own or not os.path.lexists(path) or self.equal(name):", "if True:",
+    "sets.py::test_files_of_others_are_not_touched")
 
 put("lossy-tokenizer", "text is encoded by a tokenizer that lower-cases it", "data/common.py",
     "    if text is not None:\n", "    if False:\n",
@@ -841,7 +842,8 @@ put("false-label-kept", "a completion that is labelled as bad is a demonstration
     "    if false_label(row):\n", "    if False:\n", "rows.py::test_dropped")
 
 put("units-lost", "5.4 cents is prepared as 5.4, and 5.40 dollars is then right", "data/rows.py",
-    "    said = canonical(text)\n", "    said = (canonical(text) or \"\").split(\" \")[0] or None\n",
+    "    said = canonical(text)\n",
+    "    said = (canonical(text) or \"\").split(\" \")[0] or None\n",
     "data.py::test_latex")
 
 put("weight-ignored", "a turn with weight 0 is learned", "data/rows.py",

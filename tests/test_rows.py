@@ -3,7 +3,7 @@ refused with its line; the same for turns, answers and questions."""
 import json
 
 import pytest
-from conftest import DOCUMENTS, kernel, write_rows
+from conftest import DOCUMENTS, ROLLOUTS, kernel, write_rows
 from test_data import MADE, put, read
 
 U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
@@ -253,6 +253,15 @@ def test_nested_json_is_a_line(tmp_path, refuses):
 def test_answers(tmp_path, answer, expected):
     write_rows(tmp_path / "r.jsonl", [{"prompt": "x", "answer": answer}])
     assert kernel.read_rows(str(tmp_path / "r.jsonl"), *RL)[0]["answer"] == expected
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_alternatives_reach_the_verifier(stages, name):
+    """A list stays one: as a text it would be right for nobody."""
+    tok = kernel.Tokenizer({"kind": "chars", "chars": "Hi"})
+    [(_, answer)] = stages[name].encode(tok, {"prompt": "Hi", "answer": ["5", "6"]})
+    assert kernel.verify("<answer>6</answer><|end|>", answer) == 1
+    assert kernel.verify("<answer>7</answer><|end|>", answer) == 0
 
 
 # ---------------------------------------------------------------------------- questions
