@@ -138,9 +138,13 @@ def questions(args, model, tokenizer, name):
     steps = lambda row: row["steps"] if type(row.get("steps")) is int else None
     rows = read_rows(path, *FILES[name])
     rows = [dict(row, id=i, steps=steps(row)) for i, row in enumerate(rows)]
-    kept = encode_rows(rows, path, lambda row: [(tokenizer.prompt(row["prompt"], "<think>"), row)],
-                       model.cfg.block_size - 1)
-    return [row for [(_, row)] in kept]
+
+    def encode(row):
+        if name == "chat_test.jsonl" and not isinstance(row["completion"], str):
+            raise ValueError("its completion is no text")
+        return [(tokenizer.prompt(row["prompt"], "<think>"), row)]
+
+    return [row for [(_, row)] in encode_rows(rows, path, encode, model.cfg.block_size - 1)]
 
 
 def first(rows, n):
@@ -431,7 +435,7 @@ def what_there_is(args):
     """What to judge and to ask, read once before any work -> {name: path}, {name: kind}."""
     paths = args.checkpoints or [p for s in STAGES if os.path.isfile(p := f"{args.out}/{s}.pt")]
     if not paths:
-        fail(f"{args.out} has no checkpoint: run ./run.sh first")
+        fail(f"--out {args.out!r} has no checkpoint: run ./run.sh first")
     stems = {Path(path).stem for path in paths}
     named = {Path(p).stem if len(stems) == len(paths) else str(p): p for p in paths}
     for path in paths:

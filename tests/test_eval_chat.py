@@ -93,6 +93,7 @@ def test_majority_and_careful():
     assert evaluation.majority([say("7 cents"), say("7 dollars"), say("$7"), say("8")], "$7") == 1
     assert evaluation.majority([say("7 cents"), say("$7"), say("7 cents")], "$7") == 0
     assert evaluation.majority([say("b"), say("a"), say("b"), say("a")], "b") == 1    # the first
+    assert evaluation.majority([say("five")], ["6", "five"]) == 1 == evaluation.majority([say("5")], 5)
     trace = "<think>1+5=6\n6*2=12</think><answer>12</answer><|end|>"
     assert evaluation.careful(trace, 2) and not evaluation.careful(trace, 3)
     assert not evaluation.careful("<think>(1+5)*2=12</think><answer>12</answer><|end|>", 1)
@@ -296,8 +297,8 @@ def test_a_reward_model_without_its_head(world, tmp_path, refuses):
 def test_rows_with_and_without_steps(world, tmp_path):
     """Careful traces are counted where a row says how many steps there are."""
     rows = [{"prompt": f"{i} and {i}?", "answer": str(i), "steps": 2} for i in range(1, 5)]
-    rows += [{"prompt": f"{i} or {i}?", "answer": str(i)} for i in range(1, 4)]
-    rows += [{"prompt": "5?", "answer": "5", "steps": [1]}]        # no number of steps
+    rows += [{"prompt": f"{i} or {i}?", "answer": i} for i in range(1, 4)]
+    rows += [{"prompt": "5?", "answer": ["5", "five", 5], "steps": [1]}]    # no number of steps
     (tmp_path / "rl_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = ask_args(tmp_path, n_sampled=8)
     stage = evaluation.open_stage(args, world[0] / "02_cot.pt")
@@ -308,6 +309,12 @@ def test_rows_with_and_without_steps(world, tmp_path):
         row["seen"] = True
     (tmp_path / "rl_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evaluation.sampled(args, evaluation.open_stage(args, world[0] / "02_cot.pt")) == {}
+
+
+def test_a_completion_that_is_no_text(world, tmp_path, refuses):
+    (tmp_path / "chat_test.jsonl").write_text('{"prompt": "a", "completion": ["b"]}\n')
+    stage = evaluation.open_stage(ask_args(tmp_path), world[0] / "02_cot.pt")
+    refuses(lambda: evaluation.chat(ask_args(tmp_path), stage), "line 1: its completion is no text")
 
 
 def leaves(f, code):
