@@ -93,7 +93,8 @@ def test_majority_and_careful():
     assert evaluation.majority([say("7 cents"), say("7 dollars"), say("$7"), say("8")], "$7") == 1
     assert evaluation.majority([say("7 cents"), say("$7"), say("7 cents")], "$7") == 0
     assert evaluation.majority([say("b"), say("a"), say("b"), say("a")], "b") == 1    # the first
-    assert evaluation.majority([say("five")], ["6", "five"]) == 1 == evaluation.majority([say("5")], 5)
+    assert evaluation.majority([say("five")], ["6", "five"]) == 1
+    assert evaluation.majority([say("5")], 5) == 1
     trace = "<think>1+5=6\n6*2=12</think><answer>12</answer><|end|>"
     assert evaluation.careful(trace, 2) and not evaluation.careful(trace, 3)
     assert not evaluation.careful("<think>(1+5)*2=12</think><answer>12</answer><|end|>", 1)
