@@ -354,7 +354,7 @@ def open_stage(args, path):
         say(f"{name}: its record names no stage, so it is asked everything that there is")
     if os.path.isfile(f"{args.data}/rl_test.jsonl"):
         stage.rows = questions(args, model, tokenizer, "rl_test.jsonl")
-    if {"pairs", "sampled"} & {what for what, *_ in plan(args, kind)}:
+    if kind not in ASKED:                  # it has a distance to its start
         stage.init = start_of(args, name, parts.get("record", {}))
     return stage
 

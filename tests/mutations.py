@@ -659,8 +659,8 @@ put("judged-by-name", "a checkpoint is judged by its file's name instead of its 
     "name, kind = Path(path).stem, kind_of(parts)", "name = kind = Path(path).stem",
     "eval_chat.py::test_siblings_of_dpo_are_scored_by_their_own_reward[03_dpo-original]")
 
-put("votes-without-units", "maj@k counts 7 cents and 7 dollars as one answer", "model.py",
-    "return found[:2] if found else wording(text)", "return found[:1] if found else wording(text)",
+put("votes-by-the-letter", "maj@k counts 7 and 7.0 as two answers", "eval.py",
+    "said.setdefault(vote_key(found[1]), [])", "said.setdefault(found[1], [])",
     "eval_chat.py::test_majority_and_careful")
 
 put("interval-of-no-width", "where all units are equal the figure is taken for certain", "eval.py",

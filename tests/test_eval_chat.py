@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from conftest import unlock  # noqa: E402
+from conftest import load_stage, unlock  # noqa: E402
 
 import chat  # noqa: E402
 import eval as evaluation  # noqa: E402
@@ -310,6 +310,17 @@ def test_rows_with_and_without_steps(world, tmp_path):
         row["seen"] = True
     (tmp_path / "rl_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evaluation.sampled(args, evaluation.open_stage(args, world[0] / "02_cot.pt")) == {}
+
+
+def test_the_shoot_out_asks_the_same(world, tmp_path, monkeypatch):
+    """bench/shootout.py judges by eval.py's parts, with the few flags that it has."""
+    (tmp_path / "out/data").mkdir(parents=True)
+    (tmp_path / "out/data/toy").symlink_to(world[1])
+    monkeypatch.chdir(tmp_path)
+    found = load_stage("bench/shootout").ask(str(world[0] / "03_dpo.pt"), 2, 8, 2, True)
+    assert found["sampled think"]["n"] == 8 == found["sampled free"]["n"]
+    assert found["greedy free"]["n"] == 8 and abs(found["KL"]["mean"]) < 1e-5
+    assert found["pass@2"] and found["careful"] and found["prefers, all"]["n"] == 8
 
 
 def test_a_completion_that_is_no_text(world, tmp_path, refuses):
