@@ -3,49 +3,77 @@
     python eval.py                                          # all of out/toy, 2-3 minutes on 2 cores
     torchrun --nproc_per_node=4 eval.py --out out/gsm8k --data out/data/gsm8k --max_new 400
 
-Writes results.json and four plots into --out. A file's first two characters say what it gets: 00
-knows no template, 01 no traces, 06 is a reward model; ip, si, or, kt are 03's siblings. Intervals:
-Wilson's for shares, normal for means, over questions (the samples of one belong together), windows
-of text or pairs.
+Writes results.json into --out, anew after every part; report.py draws the plots. A checkpoint's
+record says what it is asked: 00 knows no template, 01 no traces, 06 is a reward model, 03 and DPO/
+have learned from pairs. Intervals: Wilson's for shares, normal for means, over questions (the
+samples of one belong together), windows of text or pairs; none where all values are equal.
 """
-import argparse, json, math, os, re, signal, time
-from collections import Counter
+import errno, json, math, os, re, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
+from model import (Parser, Progress, autocast, check_ranges, claim, cannot_write, encode_rows, fail,
+                   file_hashes, generate, init_distributed, load, load_strict, missing, pad, parse,
+                   read_checkpoint, read_rows, read_tokens, say, shift, split, verify, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
-from answers import number
-from model import (autocast, encode_rows, fail, generate, file_hashes, load, pad, parse,
-                   init_distributed, read_rows, read_tokens, shift, split, verify, write_text)
+from torch import nn
 
-STAGES = ["00_pretrain", "01_sft", "02_cot", "03_dpo", "04_rlvr", "05_ppo", "06_reward"]
-PRIMERS = {"free": "", "answer": "<answer>", "think": "<think>"}
-PAIRED = ("03", "ip", "si", "or", "kt")    # how the names of 03 and of its siblings in DPO/ begin
+from answers import vote_key
+from report import STAGES, PRIMERS, tables
+
+FILES = {"val.bin": (), "rl_test.jsonl": ("prompt", "answer"),
+         "pairs_test.jsonl": ("prompt", "chosen", "rejected"),
+         "chat_test.jsonl": ("prompt", "completion")}
+# What a stage is asked; all others everything but pairs, and one of no known stage everything.
+ASKED = {"00_pretrain": ["bits", "free"], "01_sft": ["bits", "free", "answer", "think", "chat"],
+         "06_reward": ["pairs"]}
+# How a stage that has learned from pairs scores a completion: by its head, by log p - log p_start,
+# DPO's implicit reward (without its beta), or without a reference by the mean of log p over tokens
+# or by that mean's log odds.
+SCORES = {"06_reward": "head", "03_dpo": "start", "ipo": "start", "kto": "start", "simpo": "mean",
+          "orpo": "odds"}
 CAREFUL = re.compile(r"\d+[-+*/]\d+=\d+")
 
 # ---------------------------------------------------------------------------- statistics
 
 
-def share(hits):
-    """0s and 1s -> mean and Wilson's interval, which never leaves [0, 1]."""
-    if not len(hits):
-        return None
-    n, p, z2 = len(hits), float(np.mean(hits)), 1.96 ** 2
+def wilson(p, n):
+    """A share p of n -> Wilson's interval, which never leaves [0, 1] and always has a width."""
+    z2 = 1.96 ** 2
     middle = (p + z2 / 2 / n) / (1 + z2 / n)
-    half = 1.96 * math.sqrt(p * (1 - p) / n + z2 / 4 / n ** 2) / (1 + z2 / n)
+    half = 1.96 * math.sqrt(max(0.0, p * (1 - p)) / n + z2 / 4 / n ** 2) / (1 + z2 / n)
     return {"mean": p, "n": n, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
 
 
+def share(hits):
+    """The mean of 0s and 1s."""
+    return wilson(float(np.mean(hits)), len(hits)) if len(hits) else None
+
+
 def ratio(sums, counts=1.0):
-    """sum(sums) / sum(counts) over independent units; the interval by the delta method."""
+    """sum(sums) / sum(counts) over independent units; the interval by the delta method. Where no
+    unit differs from the others (or there is one) it would have no width: nothing is known then."""
     sums, counts = np.asarray(sums, float), np.broadcast_to(counts, len(sums)).astype(float)
     if not counts.sum():
         return None
     n, mean = len(sums), float(sums.sum() / counts.sum())
-    half = 1.96 * float(np.std((sums - mean * counts) / counts.mean())) / math.sqrt(n)
+    spread = float(np.std((sums - mean * counts) / counts.mean()))
+    if spread <= 1e-9 * np.abs(sums).max() / counts.mean():
+        return {"mean": mean, "n": n}
+    half = 1.96 * spread / math.sqrt(n)
     return {"mean": mean, "n": n, "low": mean - half, "high": mean + half}
+
+
+def rate(sums, counts=1.0):
+    """As `ratio`, of what lies in [0, 1], and so does the interval. Where no unit differs it is
+    Wilson's, as if each of them were one trial."""
+    figure = ratio(sums, counts)
+    if figure and "low" in figure:
+        return figure | {"low": max(0.0, figure["low"]), "high": min(1.0, figure["high"])}
+    n = np.count_nonzero(np.broadcast_to(counts, len(sums)))
+    return figure and wilson(figure["mean"], int(n))
 
 
 def pass_at_k(n, right, k):
@@ -55,9 +83,11 @@ def pass_at_k(n, right, k):
 
 def majority(texts, answer):
     """1 if the most frequent answer is right; a tie goes to the one said first."""
-    said = [parse(t)[1] for t in texts if parse(t)]
-    votes = Counter(s if number(s) is None else number(s) for s in said).most_common(1)
-    return float(bool(votes) and verify(f"<answer>{votes[0][0]}</answer><|end|>", answer) == 1)
+    said = {}
+    for found in filter(None, map(parse, texts)):
+        said.setdefault(vote_key(found[1]), []).append(found[1])
+    most = max(said.values(), key=len, default=[])
+    return float(bool(most) and verify(f"<answer>{most[0]}</answer><|end|>", answer) == 1)
 
 
 def careful(text, steps):
@@ -78,8 +108,8 @@ def gram_bits(train, ids, V, order=5):
     p(c | h) = (count(hc) + kinds(h) p(c | h shortened)) / (count(h) + kinds(h))"""
     p = np.full(len(ids), 1 / V)
     for k in range(1, order + 1):          # k ids in a row are one integer
-        code = lambda x: sum(x[j : len(x) - k + 1 + j].astype(np.int64) * V ** (k - 1 - j)
-                             for j in range(k))
+        code = lambda x, k=k: sum(x[j : len(x) - k + 1 + j].astype(np.int64) * V ** (k - 1 - j)
+                                  for j in range(k))
         seen, count = np.unique(code(train), return_counts=True)
         heads, begin, kinds = np.unique(seen // V, return_index=True, return_counts=True)
         asked, total = code(ids), np.add.reduceat(count, begin)
@@ -103,17 +133,23 @@ def gather(args, part):
     return [parts[i % args.world][i // args.world] for i in range(sum(map(len, parts)))]
 
 
-def questions(args, model, tokenizer, name, key):
+def questions(args, model, tokenizer, name):
     path = f"{args.data}/{name}"
-    rows = [dict(row, id=i) for i, row in enumerate(read_rows(path, "prompt", key))]
-    kept = encode_rows(rows, path, lambda row: [(tokenizer.prompt(row["prompt"], "<think>"), row)],
-                       model.cfg.block_size - 1)
-    return [row for [(_, row)] in kept]
+    steps = lambda row: row["steps"] if type(row.get("steps")) is int else None
+    rows = read_rows(path, *FILES[name])
+    rows = [dict(row, id=i, steps=steps(row)) for i, row in enumerate(rows)]
+
+    def encode(row):
+        if name == "chat_test.jsonl" and not isinstance(row["completion"], str):
+            raise ValueError("its completion is no text")
+        return [(tokenizer.prompt(row["prompt"], "<think>"), row)]
+
+    return [row for [(_, row)] in encode_rows(rows, path, encode, model.cfg.block_size - 1)]
 
 
 def first(rows, n):
-    """The first n rows of each number of steps; rows without `steps` are one group."""
-    groups = grouped([row.get("steps") for row in rows], rows)
+    """The first n rows of each number of steps; rows without one are one group."""
+    groups = grouped([row["steps"] for row in rows], rows)
     return [row for group in groups.values() for row in group[:n]]
 
 
@@ -156,7 +192,7 @@ def greedy(args, stage, mode, n):
     held = [i for i, row in enumerate(rows) if not row.get("seen")]
     stage.right[mode] = {rows[i]["id"]: right[i] or 0.0 for i in held}
     out = {mode: share(list(stage.right[mode].values()))}
-    for steps, hits in grouped([row.get("steps") for row in rows], right).items():
+    for steps, hits in grouped([row["steps"] for row in rows], right).items():
         if steps is not None:
             out[f"{mode}, steps {steps}"] = share([h or 0.0 for h in hits])
     if mode == "free":
@@ -169,7 +205,9 @@ def greedy(args, stage, mode, n):
 def sampled(args, stage):
     """pass@k, maj@k, careful traces and the KL to the start: all from the same samples."""
     k, rows = args.samples, [row for row in stage.rows if not row.get("seen")]
-    rows = first(rows, -(-args.n_sampled // len({row.get("steps") for row in rows})))
+    if not rows:
+        return {}
+    rows = first(rows, -(-args.n_sampled // len({row["steps"] for row in rows})))
     said = ask(args, stage, rows, "<think>", 1.0, k)
     right = np.array([[verify(t, row["answer"]) == 1 for t, _, _ in g]
                       for row, g in zip(rows, said)])
@@ -177,45 +215,45 @@ def sampled(args, stage):
                      for f in (lambda s: len(s[1]), lambda s: s[2]))
     votes = [majority([t for t, _, _ in g], row["answer"]) for row, g in zip(rows, said)]
     stage.right["pass@1"] = {row["id"]: hits.mean() for row, hits in zip(rows, right)}
-    interval = ratio if right.mean(1).std() else share      # the normal one would have no width
-    out = {"pass@1": interval(right.mean(1)), "maj@k": share(votes),
+    out = {"pass@1": rate(right.mean(1)), "maj@k": share(votes),
            "pass@k": share([pass_at_k(k, int(hits.sum()), k) for hits in right]),
            "length sampled": ratio(lengths.mean(1))}
     if stage.init:
         out |= {"KL/token": ratio(gaps.sum(1), lengths.sum(1)), "KL": ratio(gaps.mean(1))}
-    if "steps" in rows[0]:
-        care = np.array([[careful(t, row["steps"]) for t, _, _ in g] for row, g in zip(rows, said)])
-        out |= {"careful": ratio(care.mean(1)),
-                "right if careful": ratio((right & care).sum(1), care.sum(1)),
-                "right if not": ratio((right & ~care).sum(1), (~care).sum(1))}
+    known = [i for i, row in enumerate(rows) if row["steps"] is not None]
+    if known:
+        care = np.array([[careful(t, rows[i]["steps"]) for t, _, _ in said[i]] for i in known])
+        right = right[known]
+        out |= {"careful": rate(care.mean(1)),
+                "right if careful": rate((right & care).sum(1), care.sum(1)),
+                "right if not": rate((right & ~care).sum(1), (~care).sum(1))}
     return out
 
 
 def preferences(args, stage):
-    """How often, and by how much, the chosen completion scores above the rejected one. The score:
-    a reward model's; for SimPO and ORPO, which have no reference, the mean of log p over tokens and
-    its log odds; else log p - log p_start, DPO's implicit reward (without its beta)."""
-    path, tok, kind = f"{args.data}/pairs_test.jsonl", stage.tokenizer, stage.name[:2]
-    if not stage.init and kind not in ("06", "si", "or"):
+    """How often, and by how much, the chosen completion scores above the rejected one."""
+    path, tok, how = f"{args.data}/pairs_test.jsonl", stage.tokenizer, SCORES.get(stage.kind)
+    if not stage.init and how in (None, "start"):
         return {}
 
     def encode(row):
         p, sides = tok.prompt(row["prompt"]), [row["chosen"], row["rejected"]]
         texts = [s if isinstance(s, str) else s[-1]["content"] for s in sides]
-        return [(p + tok.encode_completion(text) + [tok.end], (len(p), row.get("kind", "other")))
-                for text in texts]
+        return [(p + tok.encode_completion(text) + [tok.end],
+                 (len(p), str(row.get("kind", "other")))) for text in texts]
 
     def score(pairs):
-        if kind != "06":
+        if how != "head":
             now = log_prob(stage.model, pairs)
-            if kind not in ("si", "or"):
+            if how in (None, "start"):
                 return [a - b for a, b in zip(now, log_prob(stage.init, pairs))]
             means = [min(total / len(c), -1e-7) for total, (_, c) in zip(now, pairs)]
-            return means if kind == "si" else [m - math.log(-math.expm1(m)) for m in means]
+            return means if how == "mean" else [m - math.log(-math.expm1(m)) for m in means]
         with torch.no_grad():
             hidden = stage.model.forward_hidden(pad([p + c for p, c in pairs], args.device))
-        last, head = [len(p) + len(c) - 1 for p, c in pairs], stage.parts["head"]
-        return (hidden[range(len(pairs)), last] @ head["weight"][0] + head["bias"]).tolist()
+            last = [len(p) + len(c) - 1 for p, c in pairs]
+            scores = hidden[range(len(pairs)), last] @ stage.head.weight[0] + stage.head.bias
+        return scores.tolist()
 
     pairs = encode_rows(read_rows(path, "prompt", "chosen", "rejected"), path, encode,
                         stage.model.cfg.block_size)
@@ -231,9 +269,9 @@ def preferences(args, stage):
 
 
 def units(tok, ids):
-    """ids -> what bits are counted by: characters, or UTF-8 bytes if tokens are longer. A control
-    token such as <|end|> is one of them."""
-    if tok.kind == "chars":
+    """ids -> what bits are counted by: characters, or UTF-8 bytes if tokens are longer (or so many
+    that five of them are no 64-bit integer). A control token such as <|end|> is one of them."""
+    if tok.kind == "chars" and tok.vocab_size ** 5 < 2 ** 63:
         return np.asarray(ids)
     pieces = [[]]
     for i in ids:
@@ -256,11 +294,12 @@ def bits(args, stage):
     spans = [units(tok, w[1:]) for w in windows]
     sizes = [len(span) for span in spans]
     out = {"bits": ratio(gather(args, sums), sizes)}
-    if stage.name[:2] == "00":
+    if stage.kind == "00_pretrain":
         train = np.array(read_tokens(f"{args.data}/train.bin", tok)[: 10 ** 7]).tolist()
         before = units(tok, ids[:1])
+        V = 256 if before.dtype == np.uint8 else tok.vocab_size
         counted = gram_bits(units(tok, train), np.concatenate([before, *spans]),
-                            tok.vocab_size if tok.kind == "chars" else 256)[len(before) - 1:]
+                            V)[len(before) - 1:]
         parts = np.split(counted, np.cumsum(sizes)[:-1])
         out["bits of 5-grams"] = ratio([part.sum() for part in parts], sizes)
     return out
@@ -268,180 +307,189 @@ def bits(args, stage):
 
 def chat(args, stage):
     """Instructions of other kinds: the greedy answer must be the reference, to the letter."""
-    rows = questions(args, stage.model, stage.tokenizer, "chat_test.jsonl", "completion")
+    rows = questions(args, stage.model, stage.tokenizer, "chat_test.jsonl")
     said = ask(args, stage, rows)
-    hits = [g[0][0] == row["completion"] + "<|end|>" for row, g in zip(rows, said)]
-    kinds = grouped([row.get("kind", "other") for row in rows], hits)
+    hits = [g[0][0] == f"{row['completion']}<|end|>" for row, g in zip(rows, said)]
+    kinds = grouped([str(row.get("kind", "other")) for row in rows], hits)
     return {"chat": share(hits)} | {f"chat, {k}": share(kinds[k]) for k in kinds}
 
 
 # ---------------------------------------------------------------------------- the report
 
 
-def plan(args, name):
-    """[(what, rough seconds on the toy, part)] for the stage `name`."""
+def kind_of(parts):
+    """The stage that a checkpoint's record names; "" if it names none."""
+    kind = parts.get("record", {}).get("stage")
+    return kind if isinstance(kind, str) else "06_reward" if "head" in parts else ""
+
+
+def plan(args, kind):
+    """[(what, rough cost, part)] for a checkpoint of this kind."""
     has = lambda file: os.path.isfile(f"{args.data}/{file}")
-    kind, few = name[:2], args.n_primed
-    n = args.n_many if kind in ("02", "03") else min(args.n_greedy, 40 if kind == "00" else 10 ** 9)
-    jobs = [("bits", 4, bits, has("val.bin")), ("pairs", 14, preferences, has("pairs_test.jsonl"))]
+    n = args.n_greedy if kind not in ("02_cot", "03_dpo") else args.n_many
+    n = n if kind != "00_pretrain" else min(n, 40)
     asked = has("rl_test.jsonl")
-    for mode, count in (("free", n), ("answer", few), ("think", few)):
-        jobs.append((mode, 1 + count / 40, lambda a, s, m=mode, c=count: greedy(a, s, m, c),
+    jobs = [("bits", 40, bits, has("val.bin")),
+            ("pairs", 140, preferences, has("pairs_test.jsonl"))]
+    for mode, count in (("free", n), ("answer", args.n_primed), ("think", args.n_primed)):
+        jobs.append((mode, 10 + count // 4, lambda a, s, m=mode, c=count: greedy(a, s, m, c),
                      asked))
-    jobs += [("sampled", args.n_sampled * args.samples / 120, sampled, asked),
-             ("chat", 1, chat, has("chat_test.jsonl"))]
-    wanted = {"00": ["bits", "free"], "01": ["bits", "free", "answer", "think", "chat"],
-              "06": ["pairs"]} | {p: [job[0] for job in jobs] for p in PAIRED}
-    wanted = wanted.get(kind, [job[0] for job in jobs if job[0] != "pairs"])
+    jobs += [("sampled", 1 + args.n_sampled * args.samples // 12, sampled, asked),
+             ("chat", 10, chat, has("chat_test.jsonl"))]
+    wanted = ASKED.get(kind, [job[0] for job in jobs if job[0] != "pairs" or not kind
+                              or kind in SCORES])
     return [job[:3] for job in jobs if job[0] in wanted and job[3]]
 
 
 def open_stage(args, path):
     model, tokenizer, parts = load(path, args.device, "any")
-    record = parts.get("record", {"config": {}})
-    init, name = record["config"].get("init", ""), Path(path).stem
-    stage = SimpleNamespace(name=name, model=model.eval(), tokenizer=tokenizer, parts=parts,
+    name, kind = Path(path).stem, kind_of(parts)
+    stage = SimpleNamespace(name=name, kind=kind, model=model.eval(), tokenizer=tokenizer,
                             right={}, init=None)
-    if os.path.isfile(init):
-        stage.init = load(init, args.device)[0].eval()
-        if file_hashes[init] != record["inputs"].get(init):
-            stage.init = None              # no distance to a start that is no longer there
-            print(f"{name}: {init} has changed since, so there is no KL to it", flush=True)
-    if name[:2] != "06" and os.path.isfile(f"{args.data}/rl_test.jsonl"):
-        stage.rows = questions(args, model, tokenizer, "rl_test.jsonl", "answer")
+    if kind == "06_reward":
+        stage.head = nn.Linear(model.cfg.n_embd, 1).to(args.device).requires_grad_(False)
+        load_strict(stage.head, parts.get("head", {}), path)
+        return stage
+    if not kind:
+        say(f"{name}: its record names no stage, so it is asked everything that there is")
+    if os.path.isfile(f"{args.data}/rl_test.jsonl"):
+        stage.rows = questions(args, model, tokenizer, "rl_test.jsonl")
+    if kind not in ASKED:                  # it has a distance to its start
+        stage.init = start_of(args, name, parts.get("record", {}))
     return stage
 
 
-def table(title, names, rows):
-    """rows: [(label, figures)] -> mean ± half the interval, shares in %; n where it changes."""
-    kept = [n for n in names if any(figures.get(n) for _, figures in rows)]
-    lines, ns = [[title, *kept]], None
-    for label, figures in rows:
-        found, cells = [figures.get(name) for name in kept], []
-        for name, f in zip(kept, found):
-            plain = re.match("length|KL|bits|margin|perplexity", name)
-            scale, digits = 1 if plain else 100, 3 if plain and name[0] in "Kb" else 1
-            half = f and (f["high"] - f["low"]) / 2 * scale
-            cells.append(f"{f['mean'] * scale:.{digits}f} ±{half:.{digits}f}" if f else "-")
-        last, ns = ns, [f"n {f['n']}" if f else "" for f in found]
-        if any(found):
-            lines += [[label, *cells]] + [["", *ns]] * (ns != last)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines if kept else []:
-        cells = "".join("  " + c.rjust(w) for c, w in zip(line[1:], widths[1:]))
-        print("\n" * (line is lines[0]) + line[0].ljust(widths[0]) + cells)
+def start_of(args, name, record):
+    """The model that a stage began from, or None: to what is no longer there is no distance."""
+    config, inputs = (record.get(k) for k in ("config", "inputs"))
+    path, why = config.get("init") if isinstance(config, dict) else None, "is not there"
+    if not isinstance(path, str):
+        return None
+    if os.path.isfile(path):
+        model = load(path, args.device)[0].eval()
+        if isinstance(inputs, dict) and file_hashes[path] == inputs.get(path):
+            return model
+        why = "has changed since"
+    say(f"{name}: its start {path} {why}, so there is no KL to it")
 
 
-def report(args, results, right):
-    """Print the tables -> the paired gains over 02."""
-    rows = list(results.items())
-    named = lambda what: sorted({n for f in results.values() for n in f if n.startswith(what)})
-    table("greedy", ["format", "stops", *PRIMERS, "length", "chat", "bits", "bits of 5-grams"],
-          rows)
-    table(f"k = {args.samples} samples", ["pass@1", "pass@k", "maj@k", "careful",
-          "right if careful", "right if not", "length sampled", "KL/token", "KL"], rows)
-    split_rows = [(f"{stage}, {mode}", {n[len(mode) + 2:]: f for n, f in figures.items()
-                                        if n.startswith(f"{mode}, steps")})
-                  for mode in PRIMERS for stage, figures in rows]
-    table("steps 1: seen facts", sorted({n for _, f in split_rows for n in f}), split_rows)
-    table("chosen or rejected", named("prefers"), rows)
-    table("and by how much", named("margin"), rows)
-    gains, base = {}, next((s for s in results if Path(s).stem[:2] == "02"), None)
-    for stage in results if base else []:
-        if Path(stage).stem[:2] in ("03", "04", "05"):
-            pairs = {k: [float(v - right[base][k][i]) for i, v in right[stage][k].items()
-                         if i in right[base][k]] for k in ("free", "think", "pass@1")}
-            gains[f"{stage} - {base}"] = {k: ratio(v) for k, v in pairs.items()}
-    table("gain, question by question", ["free", "think", "pass@1"], list(gains.items()))
+def paired(kinds, right):
+    """The gains over 02, question by question, of every stage that comes after it."""
+    base = next((name for name in right if kinds[name] == "02_cot"), None)
+    gains = {}
+    for name in right if base else []:
+        if kinds[name] not in ("", "02_cot", *ASKED):
+            pairs = {k: [float(v - right[base][k][i]) for i, v in right[name].get(k, {}).items()
+                         if i in right[base].get(k, {})] for k in ("free", "think", "pass@1")}
+            gains[f"{name} - {base}"] = {k: ratio(v) for k, v in pairs.items()}
     return gains
 
 
-def plots(args, results):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    logs = {}
-    for name in STAGES:
-        if os.path.isfile(f"{args.out}/{name}.jsonl"):
-            lines = Path(f"{args.out}/{name}.jsonl").read_text().splitlines()[1:]
-            logs[name] = [json.loads(line) for line in lines if line.endswith("}")]
+def begin(args, script):
+    """Refuse what cannot be; ranks and device. Here nothing is resumed: Ctrl-C leaves at once."""
+    check_ranges(vars(args), script)
+    args.rank, args.world, args.device = init_distributed(args.device)
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.default_int_handler)
 
-    def curve(name, key):
-        points = [(row["step"], row[key]) for row in logs.get(name, []) if key in row]
-        return list(zip(*points)) if points else None
 
-    def draw(file, panels):
-        """panels: {title: {label: (xs, ys) or (xs, ys, half intervals) or None}}"""
-        panels = {title: curves for title, curves in panels.items() if any(curves.values())}
-        if not panels:
-            return
-        figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(4 * len(panels), 3))
-        for axis, (title, curves) in zip(axes[0], panels.items()):
-            for label, points in curves.items():
-                if points:
-                    axis.errorbar(*points, label=label, marker="o" if len(points[0]) < 12 else None)
-            axis.set_title(title)
-            axis.set_xlabel("steps of the question" if title.startswith("accuracy,") else "step")
-            axis.legend(fontsize=8)
-        figure.tight_layout()
-        figure.savefig(f"{args.out}/{file}", dpi=100)
-        plt.close(figure)
+def claim_file(folder, file, lock):
+    """Find out before any work whether a file can be written; no second run writes there."""
+    if not file:
+        fail(f"--out must name a file, not the folder {folder}")
+    claim(folder, lock)
+    path = f"{folder}/{file}"
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        open(f"{path}.new", "w").close()
+        os.remove(f"{path}.new")
+    except OSError as e:
+        cannot_write(path, e)
 
-    draw("learning_curves.png", {s: {k: curve(s, k) for k in ("loss", "val_loss")}
-                                  for s in logs if curve(s, "val_loss")})
-    draw("margins.png", {f"{s}: {k}": {v + k: curve(s, v + k) for v in ("", "val_")}
-                         for s in ("03_dpo", "06_reward") for k in ("margins", "accuracy")})
-    draw("rl.png", {k: {s: curve(s, k) for s in ("04_rlvr", "05_ppo")}
-                    for k in ("reward", "length", "kl", "accuracy")})
-    panels = {f"accuracy, {mode}": {} for mode in PRIMERS}
-    for stage, figures in results.items():
-        for mode in PRIMERS:
-            found = {n.split()[-1]: f for n, f in figures.items() if n.startswith(f"{mode}, steps")}
-            panels[f"accuracy, {mode}"][stage] = found and (
-                list(found), [f["mean"] for f in found.values()],
-                [(f["high"] - f["low"]) / 2 for f in found.values()])
-    draw("accuracy_by_steps.png", panels)
+
+def attempt(args, what, do, *given):
+    """do(...), or None after a line that says why not: the other parts go on. (Not with several
+    ranks, which would wait for each other: what is written stays.)"""
+    try:
+        return do(*given)
+    except (Exception, SystemExit) as e:
+        if args.world > 1 or getattr(e, "code", 2) != 2:
+            raise
+        if not isinstance(e, SystemExit):
+            print(f"error: {what}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+
+
+def judged(args, stage, part):
+    return finite(stage.name, part(args, stage))
+
+
+def finite(name, figures):
+    bad = [k for k, f in figures.items() if f and not math.isfinite(f["mean"])]
+    if bad:
+        fail(f"{name}: {bad[0]} is not finite: the model's numbers overflow")
+    return figures
+
+
+def what_there_is(args):
+    """What to judge and to ask, read once before any work -> {name: path}, {name: kind}."""
+    paths = args.checkpoints or [p for s in STAGES if os.path.isfile(p := f"{args.out}/{s}.pt")]
+    if not paths:
+        fail(f"--out {args.out!r} has no checkpoint: run ./run.sh first")
+    stems = {Path(path).stem for path in paths}
+    named = {Path(p).stem if len(stems) == len(paths) else str(p): p for p in paths}
+    for path in paths:
+        if not os.path.isfile(path):
+            missing(path)
+    absent = [file for file in FILES if not os.path.isfile(f"{args.data}/{file}")]
+    if len(absent) == len(FILES):
+        fail(f"{args.data} holds no test file: run python data/toy.py first, or another in data/")
+    for file, keys in FILES.items():
+        if file in absent:
+            say(f"{args.data}/{file} is not there: its columns are left out")
+        elif keys:
+            read_rows(f"{args.data}/{file}", *keys)
+    return named, {name: kind_of(read_checkpoint(path)) for name, path in named.items()}
+
+
+def write(args, results, kinds, right, failed):
+    """results.json, as far as it is known -> the gains over 02."""
+    gains = paired(kinds, right)
+    flags = {k: v for k, v in vars(args).items() if k not in ("rank", "device")}
+    whole = {"flags": flags, "stages": results, "stage_of": kinds, "paired": gains,
+             "failed": failed}
+    if args.rank == 0:
+        write_text(f"{args.out}/results.json", json.dumps(whole, indent=1) + "\n")
+    return gains
 
 
 def main(args):
-    args.rank, args.world, args.device = init_distributed(args.device)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)       # nothing here to resume
-    paths = args.checkpoints or [p for s in STAGES if os.path.isfile(p := f"{args.out}/{s}.pt")]
-    if not paths:
-        fail(f"{args.out} has no checkpoint: run ./run.sh first")
-    names = [Path(p).stem if len({Path(q).stem for q in paths}) == len(paths) else p for p in paths]
-    say = print if args.rank == 0 else lambda *a, **k: None
-    files = ("val.bin", "rl_test.jsonl", "pairs_test.jsonl", "chat_test.jsonl")
-    absent = [file for file in files if not os.path.isfile(f"{args.data}/{file}")]
-    for file in absent:
-        say(f"{args.data}/{file} is not there: its columns are left out")
-    if len(absent) == len(files):
-        fail(f"{args.data} holds no test file: run python data/toy.py first, or another in data/")
-    ahead = sum(cost for p in paths for _, cost, _ in plan(args, Path(p).stem))
-    results, right, begun, behind = {}, {}, time.monotonic(), 0.0
-    for name, path in zip(names, paths):
-        stage = open_stage(args, path)
-        results[name], right[name] = {}, stage.right
-        for what, cost, part in plan(args, stage.name):
-            start = time.monotonic()
-            results[name] |= part(args, stage)
-            behind, now = behind + cost, time.monotonic()
-            left = int((now - begun) / behind * (ahead - behind))
-            say(f"{name:>12}  {what:<8} {now - start:5.1f} s   {left // 60}:{left % 60:02} left",
-                flush=True)
+    begin(args, "eval")
+    paths, kinds = what_there_is(args)
     if args.rank == 0:
-        pairs = report(args, results, right)
-        os.makedirs(args.out, exist_ok=True)
-        whole = {"flags": {k: v for k, v in vars(args).items() if k not in ("rank", "device")},
-                 "stages": results, "paired": pairs}
-        write_text(f"{args.out}/results.json", json.dumps(whole, indent=1) + "\n")
-        plots(args, results)
-        print(f"\n{args.out}/results.json and the plots beside it are written", flush=True)
+        claim_file(args.out, "results.json", "eval")
+    plans = {name: plan(args, kind) for name, kind in kinds.items()}
+    progress = Progress("eval", sum(cost for jobs in plans.values() for _, cost, _ in jobs))
+    results, right, failed, done = {}, {}, [], 0
+    for name, path in paths.items():
+        results[name], stage = {}, attempt(args, name, open_stage, args, path)
+        for what, cost, part in plans[name]:
+            begun = time.monotonic()
+            found = stage and attempt(args, f"{name}, {what}", judged, args, stage, part)
+            failed += [f"{name} {what}"] * (found is None)
+            results[name] |= found or {}
+            right[name] = stage.right if stage else {}
+            write(args, results, kinds, right, failed)
+            done += cost
+            progress(done, f"{name}  {what}  {time.monotonic() - begun:.1f} s", always=True)
+    tables(args.samples, results, write(args, results, kinds, right, failed))
+    say(f"\n{args.out}/results.json is written; python report.py {args.out} draws its plots")
+    if failed:
+        fail(f"left out, for what was said above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="*", help="default: all stages in --out")
     for flag, default, text in [
             ("out", "out/toy", "where results go"), ("data", "out/data/toy", "test files"),

@@ -349,6 +349,7 @@ def generate(model, prompts, max_new, end, temperature=1.0, seed=0, step=0, rows
         fail(f"a prompt has {longest} tokens, which leaves no room in the context of {T_max}")
     rows = range(N) if rows is None else rows
     S, was_training = min(N, slots), model.training
+    max_new = min(max_new, T_max - min(map(len, prompts)))     # no memory for what finds no room
     model.eval()
     with autocast(device):
         like = model.blocks[0].attention.k(model.embed.weight[:1])   # the dtype of keys and values
@@ -1013,7 +1014,10 @@ RANGES = {
     "kto.beta": "(0, 100]", "kto.batch_size": "[2, 1e6]", "simpo.beta": "(0, 100]",
     "gamma": "[0, 1]", "simpo.gamma": "[0, 100]", "lam": "[0, 1]",
     "orpo.lam": "(0, 100]", "lam_d": "(0, 100]", "lam_u": "(0, 100]",
-    "vf_coef": "[0, 100]"}
+    "vf_coef": "[0, 100]", "chat.temperature": "[0, 100]", "top_p": "(0, 1]",
+    "n_greedy": "[1, 1e9]", "n_many": "[1, 1e9]", "n_primed": "[1, 1e9]", "n_sampled": "[1, 1e9]",
+    "samples": "[1, 1e4]", "val_tokens": "[2, 1e12]", "limit": "[0, 1e9]", "jobs": "[1, 1000]",
+    "chars": "[1, 1e9]", "questions": "[1, 1e6]", "show": "[0, 1e6]"}
 
 
 def check_ranges(values, script):

@@ -12,14 +12,16 @@ Prompts, the seam between tokens, cuts and figures are those of lm-evaluation-ha
 (docs/tasks.md compares question by question). Rows are the sources' own: the Hub's columns, or
 llm-foundry's {"query", "choices", "gold"} and {"context", "continuation"}. Intervals are eval.py's.
 """
-import argparse, json, math, os, signal, time
+import json, math, os, re
 from pathlib import Path
 
+from model import (Parser, Progress, autocast, encode_rows, fail, file_hashes, load, missing, pad,
+                   read_bytes, read_rows, say, split, write_text)
 import numpy as np
 import torch
-from eval import gather, ratio, share, table
-from model import (autocast, encode_rows, fail, file_hashes, init_distributed, load, pad,
-                   read_bytes, read_rows, split, write_text)
+
+from eval import begin, claim_file, finite, gather, ratio, share
+from report import table
 
 # ---------------------------------------------------------------------------- rows -> requests
 # A request is (ids, n): the log-prob of the last n ids, given those before them.
@@ -37,28 +39,36 @@ def request(tokenizer, context, continuation, block_size):
 
 
 def question(row):
-    """A row of ARC, OpenBookQA or PIQA -> context, choices, the place of the right one."""
+    """A row of ARC, OpenBookQA or PIQA -> context, choices, the place of the right one. What is
+    written between them, "Answer:" and a space, is not written twice where the row has it."""
     if "goal" in row:
-        context, choices = f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]]
+        context, options = f"Question: {row['goal']}", [row["sol1"], row["sol2"]]
         gold = row["label"]
     elif "gold" in row:
-        context, choices, gold = str(row["query"]).removesuffix("\n"), row["choices"], row["gold"]
-        context += "\nAnswer:" if context.startswith("Question: ") else ""
+        context, options, gold = row["query"], row["choices"], row["gold"]
     else:
-        context = row.get("question_stem") or f"Question: {row['question']}\nAnswer:"
-        choices = row["choices"]["text"]
+        context = row.get("question_stem") or f"Question: {row['question']}"
+        options = row["choices"]["text"]
         gold = dict(zip(row["choices"]["label"], range(99))).get(str(row["answerKey"]).strip())
-    if not all(isinstance(c, str) and c for c in choices) or gold not in range(len(choices)):
-        raise ValueError(f"{choices!r:.60} is no list of choices with a right one at {gold!r}")
-    return context, choices, gold
+    if not isinstance(context, str):
+        raise ValueError(f"{context!r:.60} is no question")
+    if not isinstance(options, list) or not all(isinstance(c, str) and c.strip() for c in options) \
+            or type(gold) is not int or not 0 <= gold < len(options):
+        raise ValueError(f"{options!r:.60} is no list of choices with a right one at {gold!r}")
+    context = context.removesuffix("\n").rstrip(" ")
+    if context.startswith("Question: "):
+        context = re.sub(r"\s*\bAnswer:$", "", context) + "\nAnswer:"
+    return context, [option.lstrip(" ") for option in options], gold
 
 
 def last_word(row):
     """A row of LAMBADA -> context, the last word with the space before it."""
-    if "text" in row:
-        context, space, word = row["text"].rpartition(" ")
-        return context, space + word
-    return row["context"], " " + row["continuation"]
+    context, word = row.get("context"), row.get("continuation")
+    if "text" in row and isinstance(row["text"], str):
+        context, _, word = row["text"].rstrip().rpartition(" ")
+    if not isinstance(context, str) or not isinstance(word, str) or not word.strip():
+        raise ValueError("no text, or context and continuation, with a last word")
+    return context.rstrip(" "), " " + word.lstrip(" ")
 
 
 def windows(tokenizer, text, block_size):
@@ -81,9 +91,10 @@ def windows(tokenizer, text, block_size):
 def score(args, model, requests, title="", greedy=False):
     """-> [(log p of the last n ids, whether greedy decoding says them)], in order, on all ranks."""
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))   # little padding
-    found, begun, T = [], time.monotonic(), model.cfg.block_size
+    found, T = [], model.cfg.block_size
     batches = split(order[args.rank::args.world], args.batch_size)
-    for done, few in enumerate(batches):
+    progress = Progress(title, len(batches))
+    for done, few in enumerate(batches, 1):
         rows = [(requests[i][0][-T - 1:], requests[i][1]) for i in few]
         ids = pad([ids[:-1] for ids, _ in rows], args.device)
         targets = pad([[-1] * (len(ids) - 1 - n) + ids[-n:] for ids, n in rows], args.device, -1)
@@ -95,10 +106,7 @@ def score(args, model, requests, title="", greedy=False):
             if greedy:
                 hits[keep] = model.logits(hidden[keep]).argmax(-1) == targets[keep]
         found += zip(sums.tolist(), hits.all(1).tolist())
-        if args.rank == 0 and done % max(1, len(batches) // 10) == 0 < done:
-            left = int((time.monotonic() - begun) / (done + 1) * (len(batches) - done - 1))
-            print(f"{title}  {done + 1}/{len(batches)}  {left // 60}:{left % 60:02} left",
-                  flush=True)
+        progress(done)
     return [pair for _, pair in sorted(zip(order, gather(args, found)))]
 
 
@@ -107,9 +115,9 @@ def requests_of(args, path, encode, tokenizer, block_size, *keys):
     made = encode_rows(rows, path, encode, math.inf)
     lengths = [len(ids) for ids, _ in flatten(made)]
     cut = sum(n > block_size + 1 for n in lengths)
-    if cut and args.rank == 0:
-        print(f"{path}: {cut} of {len(lengths)} requests are longer than the context of "
-              f"{block_size} tokens and were cut on the left", flush=True)
+    if cut:
+        say(f"{path}: {cut} of {len(lengths)} requests are longer than the context of "
+            f"{block_size} tokens and were cut on the left")
     return rows, made
 
 
@@ -144,7 +152,7 @@ def lambada(args, model, tokenizer, path):
     log_p, hits = zip(*found)
     loss = ratio([-x for x in log_p])
     kept = [{"line": row["line"], "log_p": x, "right": hit} for row, (x, hit) in zip(rows, found)]
-    return {"acc": share(hits), "perplexity": {
+    return {"acc": share(hits), "perplexity": {     # its interval is the mean loss's, on its scale
         k: v if k == "n" else math.exp(min(v, 700)) for k, v in loss.items()}}, kept
 
 
@@ -173,37 +181,38 @@ def labels(paths):
 
 
 def main(args):
-    args.rank, args.world, args.device = init_distributed(args.device)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)       # nothing here to resume
+    begin(args, "tasks")
     files = [(kind, path) for kind in TASKS for path in getattr(args, kind)]
     if not files:
         fail("nothing to ask: give files to --choices, --lambada or --text")
-    if args.limit < 0 or args.batch_size < 1:
-        fail("--limit from 0, --batch_size from 1")
     for _, path in files:
         if not os.path.isfile(path):
             fail(f"{path} is missing: give a local file with the source's own rows")
+    for path in args.checkpoints:
+        if not os.path.isfile(path):
+            missing(path)
+    if args.rank == 0:
+        folder, file = os.path.split(args.out)
+        claim_file(folder or ".", file, Path(file).stem)
+    flags = {k: v for k, v in vars(args).items() if k not in ("rank", "world", "device")}
     names, results, rows = labels([path for _, path in files]), {}, {}
     for name, checkpoint in zip(labels(args.checkpoints), args.checkpoints):
         model, tokenizer, _ = load(checkpoint, args.device)
         results[name], rows[name] = {}, {}
         for file, (kind, path) in zip(names, files):
-            found = TASKS[kind](args, model.eval(), tokenizer, path)
-            results[name][file], rows[name][file] = found
-    if args.rank == 0:
-        for file in names:
-            table(file, ["acc", "acc_norm", "perplexity", "bits/byte"],
-                  [(name, results[name][file]) for name in results])
-        flags = {k: v for k, v in vars(args).items() if k not in ("rank", "world", "device")}
-        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        write_text(args.out, json.dumps({"flags": flags, "inputs": file_hashes, "results": results,
-                                         "rows": rows}) + "\n")
-        print(f"\n{args.out} is written, with every question's log-probs", flush=True)
+            figures, rows[name][file] = TASKS[kind](args, model.eval(), tokenizer, path)
+            results[name][file] = finite(f"{name}, {file}", figures)
+            if args.rank == 0:             # what is known so far
+                write_text(args.out, json.dumps({"flags": flags, "inputs": file_hashes,
+                                                 "results": results, "rows": rows}) + "\n")
+    for file in names:
+        table(file, ["acc", "acc_norm", "perplexity", "bits/byte"],
+              [(name, results[name][file]) for name in results])
+    say(f"\n{args.out} is written, with every question's log-probs")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="+")
     for kind in TASKS:
         parser.add_argument(f"--{kind}", nargs="+", default=[], metavar="FILE")

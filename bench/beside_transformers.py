@@ -8,14 +8,13 @@ chat and page have the same ids, the largest difference of two logits, the perpl
 --chars characters of the page, and both greedy answers to --prompt. New tags have rows that the
 folder lacks: its ids alone are compared, and our perplexity is given with and without the rest.
 """
-import argparse
+import os
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import generate, load  # noqa: E402
+from model import Parser, check_ranges, fail, generate, load, read_bytes  # noqa: E402
+import torch  # noqa: E402
 
 
 def perplexity(logits, ids):
@@ -25,11 +24,20 @@ def perplexity(logits, ids):
 
 @torch.no_grad()
 def main(args):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        fail("transformers is not installed: pip install -r requirements-test.txt")
+    check_ranges(vars(args), "beside_transformers")
+    if not os.path.isdir(args.folder):                 # else it would be looked for on the Hub
+        fail(f"{args.folder} is no folder: give one that transformers reads")
+    try:
+        text = read_bytes(args.text).decode()[:args.chars]
+    except ValueError as e:
+        fail(f"{args.text} is not UTF-8: {e}")
     ours, tok, _ = load(args.checkpoint)
     theirs = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
     theirs_tok = AutoTokenizer.from_pretrained(args.folder)
-    text = Path(args.text).read_text(encoding="utf-8")[:args.chars]
     ids = tok.encode(text)
     print("page: the same", len(ids), "ids:",
           ids == theirs_tok(text, add_special_tokens=False).input_ids)
@@ -53,8 +61,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     for name in ("checkpoint", "folder", "text"):
         parser.add_argument(name)
     parser.add_argument("--prompt", default="What is the capital of France?")

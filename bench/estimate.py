@@ -79,7 +79,11 @@ def main():
     model, total = {}, 0.0
     for line in sys.stdin:
         command = shlex.split(line)
-        at = next(i for i, word in enumerate(command) if word.endswith(".py"))
+        at = next((i for i, word in enumerate(command) if word.endswith(".py")), None)
+        if at is None or not (ROOT / command[at]).is_file():
+            print(f"error: {line.strip()!r} runs no script of this project: "
+                  "./run.sh 406m --dry_run pipes its commands in", file=sys.stderr)
+            sys.exit(2)
         kind, gpus = command[at][:2], number(command[at - 1].partition("nproc_per_node=")[2])
         cfg = config(command, at) if kind != "da" else {}
         if kind == "00":

@@ -9,14 +9,12 @@ hf_folder holds the weights of ours.pt as transformers reads them. The harness g
 the Hub's columns and keeps its own prompts, tokens, batches and metrics; the files are those of
 llm-foundry. Leaves with 1 if a log-prob differs by 1e-3 nats or a judgement differs.
 """
-import argparse, json, sys, tempfile
+import json, os, sys, tempfile
 from pathlib import Path
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tasks                                                                      # noqa: E402
-from model import load, read_rows                                                 # noqa: E402
+from model import Parser, check_ranges, fail, load, read_rows  # noqa: E402
+import tasks  # noqa: E402
 
 SPLIT = {"arc_easy": "test", "piqa": "validation", "openbookqa": "test", "lambada_openai": "test"}
 
@@ -37,8 +35,12 @@ def hub_row(name, row):
 
 def harness(folder, name, rows, batch_size, work):
     """-> [{"log_p", "acc", "acc_norm"}] of every row, by lm_eval.simple_evaluate."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    try:
+        import lm_eval
+        import yaml
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as e:
+        fail(f"{e.name} is not installed: the first lines of --help say how")
     [path] = Path(lm_eval.__file__).parent.joinpath("tasks").rglob(f"{name}.yaml")
     config = yaml.safe_load(path.read_text())
     (work / f"{name}.jsonl").write_text("".join(json.dumps(hub_row(name, r)) + "\n" for r in rows))
@@ -80,8 +82,7 @@ def compare(args, name, path, work):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("folder")
     parser.add_argument("--limit", type=int, default=100)
@@ -89,6 +90,10 @@ if __name__ == "__main__":
     for name in SPLIT:
         parser.add_argument(f"--{name}", metavar="FILE")
     args = parser.parse_args()
+    check_ranges(vars(args), "harness")
+    if not os.path.isdir(args.folder) or not any(getattr(args, name) for name in SPLIT):
+        fail(f"{args.folder} is no folder that transformers reads, or no file is given to --"
+             + ", --".join(SPLIT))
     args.rank, args.world, args.device = 0, 1, "cpu"
     with tempfile.TemporaryDirectory() as work:
         agree = [compare(args, name, getattr(args, name), Path(work)) for name in SPLIT

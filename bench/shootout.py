@@ -11,13 +11,15 @@ cost the tokens that GRPO samples. DPO: five losses on the same pairs, the scrip
 Every finished run is a file in results/shootout/, written whole or not at all; what is there is
 skipped. Runs go two at a time, one thread each, so seconds compare within this table only.
 """
-import argparse, json, os, re, shutil, subprocess, sys, time
+import json, os, re, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from model import Parser, check_ranges, missing, read_json  # noqa: E402
+from model import read_rows, say, write_text  # noqa: E402
 
 RL = {"grpo": "04_rlvr.py"} | {name: f"RL/{name}.py" for name in (
     "reinforce", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "ppo")}
@@ -34,9 +36,8 @@ def record(name, make):
     if not path.is_file():
         made = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".new").write_text(json.dumps(made) + "\n")
-        path.with_suffix(".new").rename(path)
-    return json.loads(path.read_text())
+        write_text(path, json.dumps(made) + "\n")
+    return read_json(path)
 
 
 def train(name, script, **flags):
@@ -54,10 +55,10 @@ def train(name, script, **flags):
     if process.returncode:
         raise SystemExit(process.returncode)
     stem = Path(script).stem
-    lines = [json.loads(x) for x in (out / f"{stem}.jsonl").read_text().splitlines()[1:]]
-    lines = [{k: float(f"{v:.5g}") for k, v in line.items()} for line in lines]
+    lines = [{k: float(f"{v:.5g}") for k, v in row.items() if k != "line"}
+             for row in read_rows(out / f"{stem}.jsonl")[1:]]      # the first is the run
     shown = ["python", *command[1:]]
-    print(f"{name}: {stamps[max(stamps, key=int)]:.0f} s", flush=True)
+    say(f"{name}: {stamps[max(stamps, key=int)]:.0f} s")
     return out / f"{stem}.pt", {"command": " ".join(shown), "seconds": stamps, "log": lines}
 
 
@@ -68,27 +69,29 @@ def judge(path, n_greedy=100, n_sampled=200, samples=4, pairs=False):
     flags = json.dumps([str(path), n_greedy, n_sampled, samples, pairs])
     done = subprocess.run(
         [sys.executable, "-c", program, flags],
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def ask(path, n_greedy, n_sampled, samples, pairs):
-    import eval as report
+    import eval as evaluation
     args = SimpleNamespace(out="", data="out/data/toy", n_greedy=n_greedy, n_sampled=n_sampled,
                            samples=samples, max_new=100, seed=0, device="cpu", rank=0, world=1)
-    stage = report.open_stage(args, path)
+    stage = evaluation.open_stage(args, path)
     found = {}
     for mode in ("free", "think"):
-        found[f"greedy {mode}"] = report.greedy(args, stage, mode, n_greedy)[mode]
-    said = report.sampled(args, stage)
+        found[f"greedy {mode}"] = evaluation.greedy(args, stage, mode, n_greedy)[mode]
+    said = evaluation.sampled(args, stage)
     found |= {"sampled think": said["pass@1"], "careful": said["careful"],
               "KL": said.get("KL/token"), "length": said["length sampled"],
               f"pass@{samples}": said["pass@k"]}
-    rows = report.first([r for r in stage.rows if not r.get("seen")], n_sampled // 4)
-    right = [[report.verify(text, row["answer"]) == 1 for text, _, _ in group]
-             for row, group in zip(rows, report.ask(args, stage, rows, "", 1.0, samples))]
-    found["sampled free"] = report.ratio([sum(r) / samples for r in right])
-    return found | (report.preferences(args, stage) if pairs else {})
+    rows = evaluation.first([r for r in stage.rows if not r.get("seen")], n_sampled // 4)
+    right = [[evaluation.verify(text, row["answer"]) == 1 for text, _, _ in group]
+             for row, group in zip(rows, evaluation.ask(args, stage, rows, "", 1.0, samples))]
+    found["sampled free"] = evaluation.ratio([sum(r) / samples for r in right])
+    return found | (evaluation.preferences(args, stage) if pairs else {})
 
 
 def tokens(run):
@@ -172,7 +175,7 @@ def rl_table(runs, start):
     rows = [["02_cot, the start", "", "", *(f"{100 * start[k]['mean']:.1f}" for k in keys),
              f"{start['length']['mean']:.1f}", "", "", "", "", ""]]
     for name, group in runs.items():
-        test = lambda k: [r["test"][k]["mean"] for r in group]
+        test = lambda k, group=group: [r["test"][k]["mean"] for r in group]
         clipped = [max(line["clip_frac"] for line in r["log"]) for r in group
                    if "clip_frac" in r["log"][0]]
         rows.append([name, f"{best_rate(name):g}", str(len(group[0]["log"])),
@@ -191,7 +194,7 @@ def dpo_table(runs, start):
     rows = [["02_cot, the start", *[""] * 4, *(f"{100 * start[k]['mean']:.1f}" for k in
              (*keys, "careful")), f"{start['length']['mean']:.1f}", ""]]
     for name, group in runs.items():
-        test = lambda k: [r["test"][k]["mean"] for r in group]
+        test = lambda k, group=group: [r["test"][k]["mean"] for r in group]
         rows.append([name, *(spread(test(f"prefers, {k}")) for k in KINDS),
                      *(spread(test(k)) for k in (*keys, "careful")), spread(test("length"), 1),
                      spread(test("KL"), 1, 3)])
@@ -221,14 +224,14 @@ def plot(runs, path):
 
 def finished(kind, names):
     """{name: its finished runs, by seed}."""
-    found = {n: [json.loads(p.read_text()) for s in SEEDS
+    found = {n: [read_json(p) for s in SEEDS
                  if (p := RECORDS / f"{kind}/{n}-{s}.json").is_file()] for n in names}
     return {n: runs for n, runs in found.items() if runs}
 
 
 def report():
     """Tables and plot from the finished records alone."""
-    start = json.loads((RECORDS / "start.json").read_text())
+    start = read_json(RECORDS / "start.json")
     lines, runs, pairs = [], finished("rl", RL), finished("dpo", DPO)
     if "grpo" in runs:
         lines += rl_table(runs, start)
@@ -239,30 +242,32 @@ def report():
         plot(runs, RECORDS / "shootout.png")
     if "dpo" in pairs:
         lines += dpo_table(pairs, start)
-    (RECORDS / "table.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+    write_text(RECORDS / "table.md", "\n".join(lines))
+    say("\n".join(lines))
 
 
 def main(args):
+    check_ranges(vars(args), "shootout")
     os.chdir(ROOT)
     if not args.report:
         if not Path(START).is_file():
-            raise SystemExit(f"error: {START} is missing: run ./run.sh first")
-        if not (RECORDS / "start.json").is_file():
-            record("start", lambda: judge(START))
-        with ThreadPoolExecutor(args.jobs) as pool:
+            missing(START)
+        record("start", lambda: judge(START))
+        pool = ThreadPoolExecutor(args.jobs)
+        try:
             if args.only in ("", "dpo"):
                 wait = [pool.submit(dpo, n, s) for s in SEEDS for n in DPO]
                 [w.result() for w in wait]
             if args.only in ("", "rl"):
                 [w.result() for w in [pool.submit(tune, n, r) for n in RL for r in RATES]]
                 [w.result() for w in [pool.submit(rl, n, s) for s in SEEDS for n in RL]]
+        finally:
+            pool.shutdown(cancel_futures=True)         # Ctrl-C, or a run that failed: begin no more
     report()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--report", action="store_true", help="no runs")
     parser.add_argument("--only", default="", choices=["", "rl", "dpo"])
     parser.add_argument("--jobs", type=int, default=2)

@@ -2,7 +2,6 @@
 
     python bench/summary.py         # a test compares the README with what this would write
 """
-import json
 import sys
 from pathlib import Path
 
@@ -17,21 +16,16 @@ COLUMNS = {"greedy": ("free", 100, 1), "sampled pass@1": ("pass@1", 100, 1),
            "pass@8": ("pass@k", 100, 1), "careful traces": ("careful", 100, 1),
            "right if careful": ("right if careful", 100, 1),
            "KL to 02, nats a token": ("KL/token", 1, 3)}
-KINDS = ("hasty", "pad", "skip", "wrong")
+KINDS = shootout.KINDS
 
 
 def cell(runs, stage, figure, scale=100, digits=1):
-    """mean (lowest..highest) over the seeds."""
     found = [run["stages"][stage].get(figure) for run in runs]
-    if not all(found):
-        return ""
-    values = [f["mean"] * scale for f in found]
-    mean = sum(values) / len(values)
-    return f"{mean:.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+    return shootout.spread([f["mean"] for f in found], scale, digits) if all(found) else ""
 
 
 def tables():
-    runs = [json.loads((path / "results.json").read_text())
+    runs = [shootout.read_json(path / "results.json")
             for path in sorted(RECORDS.glob("toy-seed*"))]
     lines = ["| stage | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for stage, label in ROWS.items():
@@ -51,14 +45,14 @@ def tables():
 
 def siblings():
     """The shoot-out in short; its whole tables are in results/shootout/table.md."""
-    start = json.loads((shootout.RECORDS / "start.json").read_text())
+    start = shootout.read_json(shootout.RECORDS / "start.json")
     shown = {"sampled, `<think>`": ("sampled think", 100, 1),
              "sampled, free": ("sampled free", 100, 1), "greedy, free": ("greedy free", 100, 1),
              "careful": ("careful", 100, 1), "KL/token": ("KL", 1, 3)}
     lines = ["| from 02, under the verifier | lr | " + " | ".join(shown) +
              " | k tokens | of these to GRPO's end |", "|---" * (len(shown) + 4) + "|",
-             "| 02, the start | | " + " | ".join(
-                 f"{100 * start[k]['mean']:.1f}" for k, _, _ in list(shown.values())[:4]) + " | | | |"]
+             "| 02, the start | | " + " | ".join(f"{100 * start[k]['mean']:.1f}" for k, _, _ in
+                                                 list(shown.values())[:4]) + " | | | |"]
     runs = shootout.finished("rl", shootout.RL)
     for name, group in runs.items():
         cells = [shootout.spread([r["test"][k]["mean"] for r in group], scale, digits)

@@ -296,7 +296,7 @@ put("same-windows-every-step", "the data begin again in every step", "00_pretrai
     "np.random.default_rng([cfg.seed, step])", "np.random.default_rng([cfg.seed])",
     "gaps.py::test_windows")
 
-put("same-order-every-epoch", "every epoch sees the rows in the same order", "model.py",
+put("same-order-every-epoch", "every epoch sees the rows in the same order", "answers.py",
     "np.random.default_rng([seed, epoch])", "np.random.default_rng([seed])",
     "kernel.py::test_sample_rows")
 
@@ -654,6 +654,30 @@ put("log-not-cut-back", "after a resume the log has some steps twice", "model.py
 put("pass-at-k-biased", "pass@k from the mean of the samples, as if they were drawn again",
     "eval.py", "return 1 - math.comb(n - right, k) / math.comb(n, k)",
     "return 1 - (1 - right / n) ** k", "eval_chat.py::test_pass_at_k_counts_subsets")
+
+put("judged-by-name", "a checkpoint is judged by its file's name instead of its record", "eval.py",
+    "name, kind = Path(path).stem, kind_of(parts)", "name = kind = Path(path).stem",
+    "eval_chat.py::test_siblings_of_dpo_are_scored_by_their_own_reward[03_dpo-original]")
+
+put("votes-by-the-letter", "maj@k counts 7 and 7.0 as two answers", "eval.py",
+    "said.setdefault(vote_key(found[1]), [])", "said.setdefault(found[1], [])",
+    "eval_chat.py::test_majority_and_careful")
+
+put("interval-of-no-width", "where all units are equal the figure is taken for certain", "eval.py",
+    "if spread <= 1e-9", "if spread < 0 * 1e-9", "eval_chat.py::test_no_interval_has_no_width")
+
+put("half-of-an-interval", "what is printed of Wilson's interval is half of its width", "report.py",
+    "if abs(high + low - 2 * mean) > 1e-6 * (high - low):", "if False:",
+    "eval_chat.py::test_what_is_printed_of_an_interval")
+
+put("history-from-text", "what the model repeats is encoded again, tags and all", "chat.py",
+    "self.ids = ids + content(tok, said) + [tok.end]",
+    "self.ids = ids + tok.encode_completion(tok.decode(content(tok, said))) + [tok.end]",
+    "eval_chat.py::test_what_the_model_repeats_becomes_no_control_token")
+
+put("cue-twice", "a question that ends with its cue gets another one", "tasks.py",
+    "re.sub(r\"\\s*\\bAnswer:$\", \"\", context)", "context",
+    "tasks.py::test_nothing_is_written_twice")
 
 # ---------------------------------------------------------------------------- ranks
 

@@ -1,4 +1,4 @@
-"""The statistics of eval.py against brute force; eval and chat end to end on random models."""
+"""The statistics of eval.py against brute force; eval, report and chat on random models."""
 import argparse
 import hashlib
 import itertools
@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,8 +20,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from conftest import load_stage, unlock  # noqa: E402
+
 import chat  # noqa: E402
-import eval as report  # noqa: E402
+import eval as evaluation  # noqa: E402
+import report  # noqa: E402
 from model import GPT, GPTConfig, Tokenizer, save  # noqa: E402
 
 CHARS = "\n !*+,-./0123456789=?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -27,11 +32,11 @@ FLAGS = dict(device="cpu", raw=False, max_new=4, temperature=0.0, top_p=1.0, see
 
 
 def test_share_is_wilson():
-    f = report.share([1] * 8 + [0] * 2)
+    f = evaluation.share([1] * 8 + [0] * 2)
     assert f["mean"] == 0.8 and f["n"] == 10
     assert [f["low"], f["high"]] == pytest.approx([0.4902, 0.9433], abs=1e-3)
-    assert report.share([1] * 5)["high"] == 1 and report.share([1] * 5)["low"] < 0.6
-    assert report.share([]) is None
+    assert evaluation.share([1] * 5)["high"] == 1 and evaluation.share([1] * 5)["low"] < 0.6
+    assert evaluation.share([]) is None
 
 
 def test_ratio_covers():
@@ -39,37 +44,71 @@ def test_ratio_covers():
     rng, held = np.random.default_rng(0), 0
     for _ in range(400):
         counts = rng.integers(1, 9, 200)
-        f = report.ratio(rng.binomial(counts, 0.3), counts)
+        f = evaluation.ratio(rng.binomial(counts, 0.3), counts)
         held += f["low"] <= 0.3 <= f["high"]
     assert 0.92 < held / 400 < 0.98
-    assert report.ratio([1, 2, 3])["mean"] == 2 and report.ratio([0.0], [0]) is None
+    assert evaluation.ratio([1, 2, 3])["mean"] == 2 and evaluation.ratio([0.0], [0]) is None
+
+
+def test_no_interval_has_no_width():
+    """All equal, or one alone, says nothing of what another unit would be."""
+    assert evaluation.ratio([3.0]) == {"mean": 3.0, "n": 1}
+    assert evaluation.ratio([0.1] * 7) == {"mean": pytest.approx(0.1), "n": 7}
+    assert evaluation.ratio([1, 2, 3], [2, 4, 6]) == {"mean": 0.5, "n": 3}
+    for sums, counts, n in [([0.25] * 8, 1.0, 8), ([8, 8, 0], [8, 8, 0], 2), ([1.0], 1.0, 1)]:
+        mean = sum(sums) / np.broadcast_to(counts, len(sums)).sum()
+        f = evaluation.rate(sums, counts)
+        assert f == evaluation.wilson(mean, n) and 0 <= f["low"] < f["high"] <= 1 and f["n"] == n
+    f = evaluation.rate([1.0] * 30 + [0.5])
+    assert f["mean"] == 30.5 / 31 and f["low"] < f["mean"] < f["high"] == 1
+    assert evaluation.ratio([1.0] * 30 + [0.5])["high"] > 1
+    assert evaluation.rate([], 1.0) is None and evaluation.rate([0.0], [0]) is None
+
+
+@pytest.mark.parametrize("name, figure, text", [
+    ("free", evaluation.share([0] * 20), "0.0 (0.0..16.1)"),
+    ("free", evaluation.share([1] * 10 + [0] * 10), "50.0 ±20.1"),
+    ("length", {"mean": 4.0, "n": 1}, "4.0"), ("chat", None, "-"),
+    ("length", {"mean": 4.77, "n": 9, "low": 4.74, "high": 4.80}, "4.77 ±0.03"),
+    ("margin, all", {"mean": 3.0, "n": 9, "low": 2.0, "high": 4.0}, "3.0 ±1.0"),
+    ("KL/token", {"mean": 0.5, "n": 9, "low": 0.25, "high": 0.75}, "0.500 ±0.250"),
+    ("perplexity", {"mean": 20.0, "n": 9, "low": 10.0, "high": 40.0}, "20.0 (10.0..40.0)"),
+    ("perplexity", {"mean": 2e7, "n": 9, "low": 1e6, "high": 4e8}, "2e+07 (1e+06..4e+08)")])
+def test_what_is_printed_of_an_interval(name, figure, text):
+    assert report.cell(name, figure) == text
 
 
 def test_pass_at_k_counts_subsets():
     for n, right, k in [(8, 3, 2), (8, 0, 8), (5, 5, 1), (6, 2, 4), (8, 1, 8)]:
         subsets = list(itertools.combinations([1] * right + [0] * (n - right), k))
-        assert report.pass_at_k(n, right, k) == pytest.approx(np.mean([any(s) for s in subsets]))
+        share = np.mean([any(s) for s in subsets])
+        assert evaluation.pass_at_k(n, right, k) == pytest.approx(share)
 
 
 def test_majority_and_careful():
     say = lambda answer: f"<think>1+1=2</think><answer>{answer}</answer><|end|>"
-    assert report.majority([say("7"), say("7.0"), say("8"), "junk", "junk", "junk"], "7") == 1
-    assert report.majority([say("8"), say("8"), say("7")], "7") == 0
-    assert report.majority(["junk"], "7") == 0
+    assert evaluation.majority([say("7"), say("7.0"), say("8"), "junk", "junk", "junk"], "7") == 1
+    assert evaluation.majority([say("8"), say("8"), say("7")], "7") == 0
+    assert evaluation.majority(["junk"], "7") == 0
+    assert evaluation.majority([say("7 cents"), say("7 dollars"), say("$7"), say("8")], "$7") == 1
+    assert evaluation.majority([say("7 cents"), say("$7"), say("7 cents")], "$7") == 0
+    assert evaluation.majority([say("b"), say("a"), say("b"), say("a")], "b") == 1    # the first
+    assert evaluation.majority([say("five")], ["6", "five"]) == 1
+    assert evaluation.majority([say("5")], 5) == 1
     trace = "<think>1+5=6\n6*2=12</think><answer>12</answer><|end|>"
-    assert report.careful(trace, 2) and not report.careful(trace, 3)
-    assert not report.careful("<think>(1+5)*2=12</think><answer>12</answer><|end|>", 1)
-    assert not report.careful(trace.removesuffix("<|end|>"), 2)
+    assert evaluation.careful(trace, 2) and not evaluation.careful(trace, 3)
+    assert not evaluation.careful("<think>(1+5)*2=12</think><answer>12</answer><|end|>", 1)
+    assert not evaluation.careful(trace.removesuffix("<|end|>"), 2)
 
 
 def test_gram_bits_is_a_distribution_and_matches_by_hand():
     train, V = np.array([0, 1, 0, 2, 0, 1, 1, 2]), 4
     for head in itertools.product(range(V), repeat=2):
-        p = [2 ** -report.gram_bits(train, np.array([*head, c]), V, 3)[-1] for c in range(V)]
+        p = [2 ** -evaluation.gram_bits(train, np.array([*head, c]), V, 3)[-1] for c in range(V)]
         assert sum(p) == pytest.approx(1) and min(p) > 0
     # p(1 | 0): unigram (3 + 3/4) / (8 + 3), then "0" is followed by 1, 2, 1
     unigram = (3 + 3 / 4) / 11
-    assert report.gram_bits(train, np.array([0, 1]), V, 2)[0] == pytest.approx(
+    assert evaluation.gram_bits(train, np.array([0, 1]), V, 2)[0] == pytest.approx(
         -math.log2((2 + 2 * unigram) / 5))
 
 
@@ -97,15 +136,16 @@ def test_bits_count_a_control_token_once(tmp_path):
     model.cfg = argparse.Namespace(block_size=64)
     args = argparse.Namespace(data=tmp_path, window=64, val_tokens=99, rank=0, world=1,
                               device="cpu")
-    figure = report.bits(args, argparse.Namespace(model=model, tokenizer=tok, name="02_cot"))
+    figure = evaluation.bits(args, argparse.Namespace(model=model, tokenizer=tok, kind="02_cot"))
     assert figure["bits"]["mean"] == (len(ids) - 1) / (5 + 1 + 2)
     np.array(tok.encode("hello ") + [tok.end] + tok.encode("abc"), np.uint16).tofile(
         tmp_path / "train.bin")
     train, val = (np.frombuffer(text.encode(), np.uint8) for text in ("hello \0abc", "héllo\0ab"))
     for args.window in (64, 3):
-        figure = report.bits(args, argparse.Namespace(model=model, tokenizer=tok, name="00_x"))
+        stage = argparse.Namespace(model=model, tokenizer=tok, kind="00_pretrain")
+        figure = evaluation.bits(args, stage)
         assert figure["bits of 5-grams"]["mean"] == pytest.approx(
-            report.gram_bits(train, val, 256).sum() / 8)
+            evaluation.gram_bits(train, val, 256).sum() / 8)
 
 
 def checkpoint(path, tokenizer, record, seed=0, **parts):
@@ -123,12 +163,13 @@ def world(tmp_path_factory):
     tokenizer = Tokenizer({"kind": "chars", "chars": CHARS})
     out, data = folder / "out", folder / "data"
     data.mkdir()
-    checkpoint(out / "00_pretrain.pt", tokenizer, {"config": {}, "inputs": {}})
-    checkpoint(out / "02_cot.pt", tokenizer, {"config": {}, "inputs": {}})
+    for name in ("00_pretrain", "02_cot"):
+        checkpoint(out / f"{name}.pt", tokenizer, {"stage": name, "config": {}, "inputs": {}})
     start = str(out / "02_cot.pt")
     sha = hashlib.sha256(Path(start).read_bytes()).hexdigest()
-    record = {"config": {"init": start}, "inputs": {start: sha}}
+    record = {"stage": "03_dpo", "config": {"init": start}, "inputs": {start: sha}}
     checkpoint(out / "03_dpo.pt", tokenizer, record)               # the same weights as its start
+    record = record | {"stage": "06_reward"}
     head = torch.nn.Linear(16, 1).state_dict()
     checkpoint(out / "06_reward.pt", tokenizer, record, seed=1, head=head)
 
@@ -147,23 +188,33 @@ def world(tmp_path_factory):
     return out, data
 
 
-def run(script, *flags, ranks=0, **kwargs):
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-             "--standalone"] if ranks else [sys.executable]
-    return subprocess.run([*start, str(ROOT / script), *map(str, flags)], capture_output=True,
-                          text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+def eval_args(data, **more):
+    return argparse.Namespace(**dict(
+        data=str(data), out=str(data.parent / "judged"), device="cpu", seed=0, checkpoints=[],
+        n_many=2, n_primed=1, n_greedy=2, n_sampled=5, samples=2, max_new=6, window=32,
+        val_tokens=200) | more)
 
 
-def test_eval_end_to_end_on_one_rank_and_on_two(world):
+def ask_args(data, **more):
+    return eval_args(data, rank=0, world=1, **more)             # as eval.begin leaves them
+
+
+def test_eval_end_to_end_on_one_rank_and_on_two(world, capsys):
     out, data = world
-    flags = ["--out", out, "--data", data, "--n_greedy", 3, "--n_many", 5, "--n_sampled", 8,
-             "--samples", 4, "--max_new", 12]
-    results = []
-    for ranks in (0, 2):
-        done = run("eval.py", *flags, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-        assert "gain, question by question" in done.stdout
-        results.append(json.loads((out / "results.json").read_text())["stages"])
+    flags = dict(out=str(out), n_greedy=3, n_many=5, n_primed=100, n_sampled=8, samples=4,
+                 max_new=12, window=128, val_tokens=10 ** 6)
+    evaluation.main(eval_args(data, **flags))
+    results = [json.loads((out / "results.json").read_text())["stages"]]
+    assert "gain, question by question" in capsys.readouterr().out
+    unlock()
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         f"{ROOT}/eval.py", "--data", str(data), "--device", "cpu",
+         *[x for k, v in flags.items() for x in (f"--{k}", str(v))]],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("gain, question by question") == 1
+    results.append(json.loads((out / "results.json").read_text())["stages"])
     base, dpo, reward = (results[0][s] for s in ("00_pretrain", "03_dpo", "06_reward"))
     assert base["format"]["n"] == 15 and "pass@1" not in base
     assert base["bits"]["mean"] > 5 > base["bits of 5-grams"]["mean"]  # train.bin is val.bin
@@ -175,19 +226,24 @@ def test_eval_end_to_end_on_one_rank_and_on_two(world):
         for name, figure in figures.items():
             for key in figure or {}:
                 assert results[1][stage][name][key] == pytest.approx(figure[key], abs=1e-5)
+    assert not list(out.glob("*.new"))
+    report.main(argparse.Namespace(folder=str(out)))
+    assert "gain, question by question" in capsys.readouterr().out
     assert (out / "accuracy_by_steps.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["ipo", "kto", "simpo", "orpo", "simpo-seed1"])
-def test_siblings_of_dpo_are_scored_by_their_own_reward(world, tmp_path, name):
+# What a record says, and in what file it lies.
+@pytest.mark.parametrize("name, file", [
+    ("ipo", "ipo"), ("kto", "sit"), ("simpo", "06_reward"), ("orpo", "00_pretrain"),
+    ("03_dpo", "original"), ("03_dpo", "simpo")])
+def test_siblings_of_dpo_are_scored_by_their_own_reward(world, tmp_path, name, file):
     out, data = world
-    record = torch.load(out / "03_dpo.pt", weights_only=True)["record"]
+    record = torch.load(out / "03_dpo.pt", weights_only=True)["record"] | {"stage": name}
     tokenizer = Tokenizer({"kind": "chars", "chars": CHARS})
-    checkpoint(tmp_path / f"{name}.pt", tokenizer, record, seed=5)
-    args = argparse.Namespace(data=data, device="cpu", rank=0, world=1, n_many=1, n_primed=1,
-                              n_greedy=1, n_sampled=1, samples=1)
-    stage = report.open_stage(args, tmp_path / f"{name}.pt")
-    assert "pairs" in [what for what, *_ in report.plan(args, name)]
+    checkpoint(tmp_path / f"{file}.pt", tokenizer, record, seed=5)
+    args = ask_args(data)
+    stage = evaluation.open_stage(args, tmp_path / f"{file}.pt")
+    assert "pairs" in [what for what, *_ in evaluation.plan(args, stage.kind)]
     margins = []
     for row in map(json.loads, (data / "pairs_test.jsonl").open()):
         rewards = []
@@ -201,58 +257,409 @@ def test_siblings_of_dpo_are_scored_by_their_own_reward(world, tmp_path, name):
             rewards.append({"s": now.mean(), "o": (p / (1 - p)).log()}.get(
                 name[0], now.sum() - start.sum()).item())
         margins.append(rewards[0] - rewards[1])
-    figures = report.preferences(args, stage)
+    figures = evaluation.preferences(args, stage)
     assert figures["margin, all"]["mean"] == pytest.approx(np.mean(margins), abs=1e-4)
     assert figures["prefers, all"]["mean"] == np.mean([m > 0 for m in margins])
     stage.init = None                      # the reference-free ones do not need it
-    assert bool(report.preferences(args, stage)) == (name[0] in "so")
+    assert bool(evaluation.preferences(args, stage)) == (name[0] in "so")
 
 
-def test_eval_without_steps_and_other_files(world, tmp_path):
+def test_the_record_says_what_is_asked(world, tmp_path, capsys):
+    """Under any name; without a stage (converted, or older) everything, and a line says so."""
+    out, data = world
+    args, asked = ask_args(data), {}
+    for stage, file in [("00_pretrain", "dpo"), ("06_reward", "04_rlvr"), ("02_cot", "orpo")]:
+        shutil.copy(out / f"{stage}.pt", tmp_path / f"{file}.pt")
+        opened = evaluation.open_stage(args, tmp_path / f"{file}.pt")
+        asked[stage] = [what for what, *_ in evaluation.plan(args, opened.kind)]
+    assert asked == {"00_pretrain": ["bits", "free"], "06_reward": ["pairs"],
+                     "02_cot": ["bits", "free", "answer", "think", "sampled", "chat"]}
+    assert "names no stage" not in capsys.readouterr().out
+    whole = torch.load(out / "03_dpo.pt", weights_only=True)
+    for record in ({}, {"stage": 7, "config": [], "inputs": 5}, whole["record"] | {"stage": ""}):
+        save(tmp_path / "03_dpo.pt", **whole | {"record": record})
+        opened = evaluation.open_stage(args, tmp_path / "03_dpo.pt")
+        assert "its record names no stage" in capsys.readouterr().out
+        assert len(evaluation.plan(args, opened.kind)) == 7
+        assert bool(evaluation.preferences(args, opened)) == (record.get("stage") == "")
+    whole = torch.load(out / "06_reward.pt", weights_only=True)
+    save(tmp_path / "old.pt", **whole | {"record": {}})            # a head says what it is
+    assert evaluation.open_stage(args, tmp_path / "old.pt").kind == "06_reward"
+
+
+def test_a_reward_model_without_its_head(world, tmp_path, refuses):
+    whole = torch.load(world[0] / "06_reward.pt", weights_only=True)
+    for head in ({}, {"weight": torch.zeros(1, 9), "bias": torch.zeros(1)},
+                 {"weight": torch.full((1, 16), math.nan), "bias": torch.zeros(1)}):
+        save(tmp_path / "x.pt", **whole | {"head": head})
+        refuses(lambda: evaluation.open_stage(ask_args(world[1]), tmp_path / "x.pt"), "x.pt")
+
+
+def test_rows_with_and_without_steps(world, tmp_path):
+    """Careful traces are counted where a row says how many steps there are."""
+    rows = [{"prompt": f"{i} and {i}?", "answer": str(i), "steps": 2} for i in range(1, 5)]
+    rows += [{"prompt": f"{i} or {i}?", "answer": i} for i in range(1, 4)]
+    rows += [{"prompt": "5?", "answer": ["5", "five", 5], "steps": [1]}]    # no number of steps
+    (tmp_path / "rl_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ask_args(tmp_path, n_sampled=8)
+    stage = evaluation.open_stage(args, world[0] / "02_cot.pt")
+    figures = evaluation.sampled(args, stage) | evaluation.greedy(args, stage, "free", 9)
+    assert figures["pass@1"]["n"] == 8 == figures["free"]["n"] and figures["careful"]["n"] == 4
+    assert [name for name in figures if "steps" in name] == ["free, steps 2"]
+    for row in rows:
+        row["seen"] = True
+    (tmp_path / "rl_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluation.sampled(args, evaluation.open_stage(args, world[0] / "02_cot.pt")) == {}
+
+
+def test_the_shoot_out_asks_the_same(world, tmp_path, monkeypatch):
+    """bench/shootout.py judges by eval.py's parts, with the few flags that it has."""
+    (tmp_path / "out/data").mkdir(parents=True)
+    (tmp_path / "out/data/toy").symlink_to(world[1])
+    monkeypatch.chdir(tmp_path)
+    found = load_stage("bench/shootout").ask(str(world[0] / "03_dpo.pt"), 2, 8, 2, True)
+    assert found["sampled think"]["n"] == 8 == found["sampled free"]["n"]
+    assert found["greedy free"]["n"] == 8 and abs(found["KL"]["mean"]) < 1e-5
+    assert found["pass@2"] and found["careful"] and found["prefers, all"]["n"] == 8
+
+
+def test_a_completion_that_is_no_text(world, tmp_path, refuses):
+    (tmp_path / "chat_test.jsonl").write_text('{"prompt": "a", "completion": ["b"]}\n')
+    stage = evaluation.open_stage(ask_args(tmp_path), world[0] / "02_cot.pt")
+    refuses(lambda: evaluation.chat(ask_args(tmp_path), stage), "line 1: its completion is no text")
+
+
+def leaves(f, code):
+    with pytest.raises(SystemExit) as e:
+        f()
+    assert e.value.code == code
+
+
+def test_a_part_that_fails_costs_no_other(world, tmp_path, capsys, monkeypatch):
+    """A row that the tokenizer cannot write, an error of ours, Ctrl-C: the rest is in the file."""
+    for path in world[1].iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / "chat_test.jsonl").write_text('{"prompt": "é", "completion": "e"}\n')
+    paths = [str(world[0] / f"{name}.pt") for name in ("02_cot", "03_dpo", "06_reward")]
+    args = eval_args(tmp_path, checkpoints=paths, out=str(tmp_path / "out"))
+    preferences = evaluation.preferences
+
+    def broken(args, stage):
+        return preferences(args, stage) if stage.kind == "06_reward" else {}["steps"]
+
+    monkeypatch.setattr(evaluation, "preferences", broken)
+    leaves(lambda: evaluation.main(args), 2)
+    said = capsys.readouterr()
+    assert "left out, for what was said above: 02_cot chat, 03_dpo pairs, 03_dpo chat" in said.err
+    assert said.err.count("chat_test.jsonl, line 1: the character 'é'") == 2
+    assert said.err.count("03_dpo, pairs: KeyError: 'steps'") == 1 and "Traceback" not in said.err
+    whole = json.loads((tmp_path / "out/results.json").read_text())
+    assert whole["failed"] == ["02_cot chat", "03_dpo pairs", "03_dpo chat"]
+    for name, figures in [("02_cot", ["bits", "free", "answer", "think", "pass@1"]),
+                          ("03_dpo", ["bits", "free", "answer", "think", "KL"]),
+                          ("06_reward", ["prefers, all"])]:
+        assert all(whole["stages"][name][figure] for figure in figures)
+    assert whole["paired"]["03_dpo - 02_cot"]["think"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "sampled", stop)
+    args = eval_args(tmp_path, checkpoints=paths, out=str(tmp_path / "again"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(args)
+    [stage] = json.loads((tmp_path / "again/results.json").read_text())["stages"].values()
+    assert stage["bits"] and stage["think"] and "pass@1" not in stage
+
+
+def test_figures_that_are_no_numbers_are_refused(world, tmp_path, capsys):
+    whole = torch.load(world[0] / "02_cot.pt", weights_only=True)
+    for weight in whole["model"].values():
+        weight.fill_(1e38)
+    save(tmp_path / "x.pt", **whole)
+    args = eval_args(world[1], checkpoints=[str(tmp_path / "x.pt")], out=str(tmp_path))
+    leaves(lambda: evaluation.main(args), 2)
+    assert "bits is not finite: the model's numbers overflow" in capsys.readouterr().err
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+
+
+@pytest.mark.parametrize("flag, values", [
+    ("samples", (0, 10 ** 5)), ("n_sampled", (0, -1)), ("n_greedy", (0,)), ("n_many", (0,)),
+    ("n_primed", (0,)), ("max_new", (0, 10 ** 8)), ("window", (0, -3)), ("val_tokens", (1,)),
+    ("seed", (-1, 2 ** 32, 10 ** 23))])
+def test_eval_refuses_numbers_that_cannot_be(world, tmp_path, refuses, flag, values):
+    for value in values:
+        args = eval_args(world[1], out=str(tmp_path / "out"), **{flag: value})
+        refuses(lambda: evaluation.main(args), f"--{flag} must lie in", value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_out_is_found_before_any_work(world, tmp_path, refuses, monkeypatch):
+    monkeypatch.setattr(evaluation, "open_stage", lambda *_: pytest.fail("it was too late"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "there/results.json").mkdir(parents=True)
+    (tmp_path / "half/results.json.new").mkdir(parents=True)
+    for out, why in [("", "--out is empty"), ("file", "cannot write"), ("file/x", "cannot write"),
+                     ("there", "results.json (it is a folder)"), ("half", "results.json"),
+                     ("x" * 300, "too long")]:
+        args = eval_args(world[1], out=out and f"{tmp_path}/{out}",
+                        checkpoints=[str(world[0] / "02_cot.pt")])
+        refuses(lambda: evaluation.main(args), why)
+    unlock()
+    assert sorted(path.name for path in (tmp_path / "half").iterdir()) == ["results.json.new"]
+
+
+def test_two_evaluations_do_not_share_a_folder(world, tmp_path, refuses):
+    paths = [str(world[0] / "06_reward.pt")]
+    evaluation.main(eval_args(world[1], out=str(tmp_path), checkpoints=paths))
+    refuses(lambda: evaluation.main(eval_args(world[1], out=str(tmp_path), checkpoints=paths)),
+            f"{tmp_path}/eval is being written by another run")
+
+
+def test_bad_files_are_found_before_any_work(world, tmp_path, refuses, monkeypatch):
+    monkeypatch.setattr(evaluation, "open_stage", lambda *_: pytest.fail("it was too late"))
+    for path in world[1].iterdir():
+        shutil.copy(path, tmp_path)
+    with (tmp_path / "pairs_test.jsonl").open("a") as f:
+        f.write('{"prompt": "1?", "chosen": "1"}\n')
+    (tmp_path / "bad.pt").write_bytes(b"PK")
+    good = str(world[0] / "02_cot.pt")
+    for data, paths, why in [(tmp_path, [good], "pairs_test.jsonl, line 9: no 'rejected'"),
+                             (world[1], [good, f"{tmp_path}/bad.pt"], "bad.pt is no checkpoint"),
+                             (world[1], [good, f"{tmp_path}/no.pt"], "no.pt is missing")]:
+        args = eval_args(data, checkpoints=paths, out=str(tmp_path / "out"))
+        refuses(lambda: evaluation.main(args), why)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------- report
+
+
+def test_report_reads_old_logs_and_new_ones(tmp_path, capsys, monkeypatch):
+    old = [{"config": {}}] + [{"step": i, "reward": i / 9, "kl": 0.1} for i in range(3)]
+    new = [{"stage": "05_ppo", "config": {}}] + [{"step": i, "reward": 2.0} for i in (1, 2)]
+    for name, rows in (("04_rlvr", old), ("renamed", new), ("04_rlvr.samples", new[1:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (tmp_path / "renamed.jsonl").open("a") as f:
+        f.write('\0\0{"step": 3, "re')                            # damaged lines are left out
+    logs = report.read_logs(tmp_path)
+    assert {k: [step for step, _ in log] for k, log in logs.items()} == {
+        "04_rlvr": [1, 2, 3], "05_ppo": [1, 2]}
+    drawn = {}
+    monkeypatch.setattr(report, "draw", lambda path, panels, *_: drawn.update({
+        Path(path).name: panels}) or path.endswith("rl.png"))
+    report.main(argparse.Namespace(folder=str(tmp_path)))
+    assert "results.json is not there" in capsys.readouterr().out
+    verifier, scored, _, kl, _ = drawn["rl.png"]
+    assert verifier[2] == {"04_rlvr": ("04_rlvr", [(1, 2, 3), (0, 1 / 9, 2 / 9)], False)}
+    assert list(scored[2]) == ["05_ppo"] and verifier[1] != scored[1]      # one unit an axis
+    assert kl[1] == "nats a token" and kl[2]["05_ppo"][1] == []
+
+
+def test_report_draws_intervals_as_they_are(tmp_path):
+    """Asymmetric, one colour a stage in all panels, shares from 0 to 1, an axis says its unit."""
+    import matplotlib.pyplot as plt
+    share = evaluation.share([1] * 19 + [0])
+    results = {"a": {f"{mode}, steps {n}": share for mode in report.PRIMERS for n in (2, 10)},
+               "b": {"free, steps 2": share}}
+    panels = report.by_steps(results, {"a": "04_rlvr", "b": "03_dpo"})
+    assert panels[0][2]["a"][1][0] == [2, 10]                      # by number, not by letter
+    below, above = panels[0][2]["a"][1][2]
+    assert below == pytest.approx([share["mean"] - share["low"]] * 2)
+    assert above == pytest.approx([share["high"] - share["mean"]] * 2) and above[0] < below[0] / 2
+    with pytest.MonkeyPatch.context() as patch:
+        kept = []
+        patch.setattr(plt, "close", kept.append)
+        assert report.draw(tmp_path / "x.png", panels, report.STAGES, "steps of the question")
+    axes = kept[0].axes
+    colors = [[line.get_color() for line in axis.lines if len(line.get_xdata()) and
+               line.get_linestyle() == "-"] for axis in axes]
+    dpo, rlvr = report.COLORS[3:5]
+    assert [set(c) for c in colors] == [{dpo, rlvr}, {rlvr}, {rlvr}]
+    for axis in axes:
+        assert axis.get_ylim() == (0, 1) and axis.get_ylabel() == "share of questions"
+        assert axis.get_xlabel() == "steps of the question"
+    plt.close("all")
+
+
+def test_report_in_one_line(tmp_path, refuses):
+    ask = lambda folder: lambda: report.main(argparse.Namespace(folder=str(folder)))
+    refuses(ask(tmp_path / "no"), "is no folder: run ./run.sh")
+    refuses(ask(tmp_path), "holds no log")
+    for text, why in [("[", "not JSON"), ("[]", "not what eval.py writes"),
+                      ('{"stages": 5, "flags": {"samples": 8}, "paired": {}}', "not what eval.py")]:
+        (tmp_path / "results.json").write_text(text)
+        refuses(ask(tmp_path), why)
+
+
+# ---------------------------------------------------------------------------- eval by hand
+
+
+def test_eval_without_steps_and_other_files(world, tmp_path, capsys):
     out, _ = world
     rows = [{"prompt": f"{i} and {i}?", "answer": str(2 * i)} for i in range(6)]
     (tmp_path / "rl_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run("eval.py", out / "02_cot.pt", "--out", tmp_path, "--data", tmp_path,
-               "--n_sampled", 4, "--max_new", 8)
-    assert done.returncode == 0, done.stderr
-    assert "val.bin is not there" in done.stdout
+    evaluation.main(eval_args(tmp_path, checkpoints=[str(out / "02_cot.pt")], out=str(tmp_path),
+                              n_greedy=9, n_many=9, n_sampled=4, max_new=8))
+    assert "val.bin is not there" in capsys.readouterr().out
     figures = json.loads((tmp_path / "results.json").read_text())["stages"]["02_cot"]
     assert figures["free"]["n"] == 6 and figures["pass@1"]["n"] == 4 and "careful" not in figures
     assert not [name for name in figures if "steps" in name]
     assert figures["pass@1"]["low"] < figures["pass@1"]["high"]    # 0 of 4 is not known to be 0
     (tmp_path / "rl_test.jsonl").unlink()                          # pairs alone
     shutil.copy(world[1] / "pairs_test.jsonl", tmp_path)
-    done = run("eval.py", out / "03_dpo.pt", out / "06_reward.pt", "--out", tmp_path, "--data",
-               tmp_path)
-    assert done.returncode == 0 and "rl_test.jsonl is not there" in done.stdout, done.stderr
-    stages = json.loads((tmp_path / "results.json").read_text())["stages"]
+    evaluation.main(eval_args(tmp_path, out=str(tmp_path / "pairs"), checkpoints=[
+        str(out / "03_dpo.pt"), str(out / "06_reward.pt")]))
+    assert "rl_test.jsonl is not there" in capsys.readouterr().out
+    stages = json.loads((tmp_path / "pairs/results.json").read_text())["stages"]
     assert all("prefers, a" in figures and "free" not in figures for figures in stages.values())
+    (tmp_path / "pairs_test.jsonl").unlink()                       # no part of it is asked
+    shutil.copy(world[1] / "val.bin", tmp_path)
+    evaluation.main(eval_args(tmp_path, out=str(tmp_path / "none"),
+                              checkpoints=[str(out / "06_reward.pt")]))
+    assert json.loads((tmp_path / "none/results.json").read_text())["stages"] == {"06_reward": {}}
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--out", "/nowhere"], "run ./run.sh first"),
-    (["{out}/02_cot.pt", "--data", "/nowhere/toy"], "python data/toy.py"),
-    (["/nowhere/02_cot.pt", "--data", "{data}"], "/nowhere/02_cot.pt is missing")])
-def test_eval_fails_in_one_line(world, flags, said):
-    done = run("eval.py", *[f.format(out=world[0], data=world[1]) for f in flags])
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    (dict(out="/nowhere"), "run ./run.sh first"),
+    (dict(data="/nowhere/toy", checkpoints=["{out}/02_cot.pt"]), "python data/toy.py"),
+    (dict(checkpoints=["/nowhere/02_cot.pt"]), "/nowhere/02_cot.pt is missing")])
+def test_eval_fails_in_one_line(world, flags, said, refuses):
+    flags = json.loads(json.dumps(flags).replace("{out}", str(world[0])))
+    refuses(lambda: evaluation.main(argparse.Namespace(**vars(eval_args(world[1])) | flags)), said)
+
+
+def forked(f, given=b"", out=""):
+    """f() in a child of this loaded process, with streams of its own -> exit code, stdout, stderr.
+    `out` "full" is a full disk, "gone" a reader that has left, "closed" no stdout; given=None none
+    to read from."""
+    files = [tempfile.TemporaryFile() for _ in range(3)]
+    files[0].write(given or b"")
+    files[0].seek(0)
+    child = os.fork()
+    if child:
+        code, said = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), []
+        for file in files[1:]:
+            file.seek(0)
+            said.append(file.read().decode())
+        return code, *said
+    code = 1
+    try:
+        read, write = os.pipe()
+        os.close(read)
+        places = {"full": os.open("/dev/full", os.O_WRONLY), "gone": write}
+        for i, fd in enumerate([files[0].fileno(), places.get(out, files[1].fileno()),
+                                files[2].fileno()]):
+            os.dup2(fd, i)
+        sys.stdin, sys.stdout, sys.stderr = (open(i, "rw"[i > 0], closefd=False) for i in range(3))
+        if given is None:
+            sys.stdin = None
+        if out == "closed":
+            sys.stdout = None
+        f()
+        code = 0
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream:
+                stream.flush()
+        os._exit(code)
+
+
+def chat_args(world, name="02_cot", **more):
+    return argparse.Namespace(**FLAGS | dict(checkpoints=[str(world[0] / f"{name}.pt")]) | more)
 
 
 def test_chat_goes_on_after_bad_lines(world):
-    talk = run("chat.py", world[0] / "02_cot.pt", world[0] / "03_dpo.pt", "--max_new", 5, input=(
-        "hello\n<think>\n" + "a" * 200 + "\n/reset\nhello\n/quit\nnever\n"))
-    assert talk.returncode == 0, talk.stderr
-    assert "the character '<' is not" in talk.stdout and "/reset forgets" in talk.stdout
-    assert talk.stdout.count("02_cot: ") == 2 == talk.stdout.count("03_dpo: ")
+    args = chat_args(world, max_new=5)
+    args.checkpoints.append(str(world[0] / "03_dpo.pt"))
+    code, out, err = forked(lambda: chat.main(args), b"hello\n<think>\n" + b"a" * 200 + (
+        b"\n/reset\nhello\n\xff\xfe\n/quit\nnever\n"))
+    assert code == 0 and not err, err
+    assert "the character '<' is not" in out and "/reset forgets" in out and "valid UTF-8" in out
+    assert out.count(" [cut at 5 tokens: --max_new]\n") == 4 and "never" not in out
+    assert out.count("02_cot: ") == 2 == out.count("03_dpo: ")
 
 
-def test_chat_one_shot(world):
-    model = world[0] / "02_cot.pt"
-    one = run("chat.py", model, "--prompt", "hi", "--max_new", 5)
-    raw = run("chat.py", model, "--prompt", "hi", "--max_new", 5, "--raw")
-    assert one.returncode == raw.returncode == 0 and one.stdout.endswith("\n")
-    bad = run("chat.py", model, "--prompt", "é")
-    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and not bad.stdout
+@pytest.mark.parametrize("changes, why", [
+    (dict(max_new=0), "--max_new must lie in"), (dict(max_new=10 ** 8), "--max_new must lie in"),
+    (dict(temperature=math.nan), "--temperature must"), (dict(temperature=math.inf), "[0, 100]"),
+    (dict(temperature=-1.0), "--temperature"), (dict(top_p=0.0), "(0, 1]"),
+    (dict(seed=-1), "--seed"), (dict(top_p=1.5), "--top_p"),
+    (dict(device="tpu"), "--device tpu: this machine has cpu"),
+    (dict(prompt=""), "the prompt is empty"), (dict(prompt=" \n"), "the prompt is empty"),
+    (dict(prompt="", raw=True), "the prompt is empty"), (dict(prompt="\udcff"), "valid UTF-8"),
+    (dict(prompt="a" * 200), "202 tokens and the context has 128"),
+    (dict(name="06_reward", prompt="hi"), "is a reward model: it scores completions and writes"),
+    (dict(name="nope", prompt="hi"), "nope.pt is missing")])
+def test_chat_refuses_in_one_line(world, refuses, changes, why):
+    refuses(lambda: chat.main(chat_args(world, **changes)), why)
+
+
+def test_a_renamed_reward_model_is_still_one(world, tmp_path, refuses):
+    shutil.copy(world[0] / "06_reward.pt", tmp_path / "04_rlvr.pt")
+    args = chat_args(world, prompt="hi")
+    args.checkpoints = [str(tmp_path / "04_rlvr.pt")]
+    refuses(lambda: chat.main(args), "04_rlvr.pt is a reward model")
+
+
+@pytest.mark.parametrize("max_new, why", [(4, "4 tokens: --max_new"), (500, "the context is full")])
+def test_an_answer_that_was_cut_has_a_mark(world, monkeypatch, capsys, max_new, why):
+    """An answer that ends has none, and one that ends with the last token allowed has none."""
+    chat.main(chat_args(world, prompt="hi", max_new=max_new))
+    assert f" [cut at {max_new if max_new < 9 else 128 - 4} tokens" in (
+        out := capsys.readouterr().out) and why in out
+    tok = Tokenizer({"kind": "chars", "chars": CHARS})
+    said = tok.encode("yes") + [tok.end]
+    monkeypatch.setattr(chat, "generate", lambda *_, **__: ([said], None))
+    chat.main(chat_args(world, prompt="hi", max_new=4))
+    assert "cut" not in capsys.readouterr().out
+
+
+def test_escapes_of_a_model_steer_no_terminal(capsys):
+    chars = "\x1b[2J\x07\r\x9b\x7f\t\n" + CHARS[2:]
+    tok = Tokenizer({"kind": "chars", "chars": "".join(dict.fromkeys(chars))})
+    printer = chat.Printer(tok)
+    printer([0], tok.encode("a\x1b[2J\x07\r\x9b\x7fb\tc\n"))
+    printer.flush()
+    assert capsys.readouterr().out == "a\\x1b[2J\\x07\\x0d\\x9b\\x7fb\tc\n"
+
+
+def test_commands_are_never_sent(world, monkeypatch, capsys):
+    lines = iter(["/help", "/exits", "/ hi", " /usr", "/exit", "never"])
+    sent = []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(chat, "reply", lambda talks, text: sent.append(text))
+    chat.main(chat_args(world))
+    out = capsys.readouterr().out
+    assert sent == ["/usr"] and next(lines) == "never"
+    assert "/reset forgets the conversation" in out and "/exits is no command and was not" in out
+
+
+@pytest.mark.parametrize("out, code, said", [
+    ("gone", 0, ""), ("full", 2, "error: cannot write the answer: No space left on device\n"),
+    ("closed", 2, "error: stdout is closed\n")])
+def test_streams_that_are_gone(world, out, code, said):
+    args = chat_args(world, prompt="hi")
+    assert forked(lambda: chat.main(args), out=out) == (code, "", said)
+
+
+def test_chat_without_stdin(world):
+    said = "error: stdin is closed: give --prompt\n"
+    assert forked(lambda: chat.main(chat_args(world)), None) == (2, "", said)
+    code, out, err = forked(lambda: chat.main(chat_args(world, prompt="hi")), None)
+    assert code == 0 and "[cut at 4 tokens" in out and not err
+
+
+def test_chat_into_a_reader_that_leaves(world):
+    """The whole script, with what Python itself does at the end."""
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} chat.py {world[0]}/02_cot.pt --prompt hi --max_new 90 | "
+         "head -c 1; exit ${PIPESTATUS[0]}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout) == 1 and not done.stderr, done.stderr
 
 
 class Bytes:
@@ -275,23 +682,47 @@ def test_printer_holds_back_half_characters(capsys):
 
 
 def test_conversation_is_kept_and_reset(world, monkeypatch):
-    args = argparse.Namespace(**FLAGS)
-    talk = chat.Talk(str(world[0] / "02_cot.pt"), args)
-    before = len(talk.prompt("hello"))
+    talk = chat.Talk(str(world[0] / "02_cot.pt"), argparse.Namespace(**FLAGS))
+    before, tok = len(talk.prompt("hello")), talk.tokenizer
     talk.answer("hello")
-    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
-    assert len(talk.prompt("hello")) > before
+    prompt = talk.prompt("hello")
+    assert len(prompt) > before
+    said = tok.decode(talk.ids).split("<|assistant|>")[1].removesuffix("<|end|>")
+    assert prompt == tok.chat([{"role": "user", "content": "hello"},
+                               {"role": "assistant", "content": said},
+                               {"role": "user", "content": "hello"}])[0]
+    tok.spec = tok.spec | {"strip": 1}     # a chat of its own that trims what is said
+    said = tok.encode(" \nyes ") + [tok.end]
+    assert chat.content(tok, said) == tok.encode("yes") and chat.content(tok, said[:2]) == []
     lines = iter(["/reset", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     chat.converse([talk])
-    assert talk.messages == [] and len(talk.prompt("hello")) == before
+    assert talk.ids == [] and len(talk.prompt("hello")) == before
+
+
+def test_what_the_model_repeats_becomes_no_control_token(world, tmp_path, monkeypatch):
+    """The user has it write "</think><|user|>" letter by letter; the turn ids that it draws itself
+    do not stay either, its reasoning does."""
+    tok = Tokenizer({"kind": "chars", "chars": CHARS + "<>|"})
+    checkpoint(tmp_path / "x.pt", tok, {})
+    talk = chat.Talk(str(tmp_path / "x.pt"), argparse.Namespace(**FLAGS))
+    text = "</think><|user|><|end|>"
+    said = [tok.tags["<think>"], *tok.encode(text), tok.tags["<|user|>"], tok.tags["</think>"]]
+    monkeypatch.setattr(chat, "generate", lambda *_, **__: ([said], None))
+    talk.answer(text)
+    ids = talk.prompt("b")
+    assert ids == [tok.tags["<|user|>"], *tok.encode(text), tok.tags["<|assistant|>"],
+                   tok.tags["<think>"], *tok.encode(text), tok.tags["</think>"], tok.end,
+                   tok.tags["<|user|>"], *tok.encode("b"), tok.tags["<|assistant|>"]]
 
 
 def test_ctrl_c_leaves_with_130(world, monkeypatch, capsys):
-    def stop(_):
+    def stop(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr("builtins.input", stop)
-    args = argparse.Namespace(**FLAGS, checkpoints=[str(world[0] / "02_cot.pt")])
-    with pytest.raises(SystemExit) as e:
-        chat.main(args)
-    assert e.value.code == 130
+    leaves(lambda: chat.main(chat_args(world)), 130)
+    for name in ("load", "generate"):
+        monkeypatch.setattr(chat, name, stop if name == "load" else lambda *_, **__: stop(0))
+        monkeypatch.setattr("builtins.input", lambda _: "hi")
+        leaves(lambda: chat.main(chat_args(world)), 130)
+        monkeypatch.undo()

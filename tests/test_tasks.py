@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import CHARS, ROOT, write_rows
+from conftest import CHARS, ROOT, load_stage, write_rows
 
 import tasks
 from model import GPT, GPTConfig, Tokenizer, save
@@ -100,6 +100,28 @@ def test_the_hub_and_llm_foundry_ask_the_same(one, other):
     assert [tasks.question(row) for row in one] == [tasks.question(row) for row in other]
 
 
+@pytest.mark.parametrize("row, context, options", [
+    ({"query": "Question: why?\nAnswer:", "choices": [" a", "b"], "gold": 0},
+     "Question: why?\nAnswer:", ["a", "b"]),
+    ({"query": "Question: why? \nAnswer: ", "choices": ["  a"], "gold": 0},
+     "Question: why?\nAnswer:", ["a"]),
+    ({"question": "why? Answer:", "answerKey": "A", "choices": {"text": [" a"], "label": ["A"]}},
+     "Question: why?\nAnswer:", ["a"]),
+    ({"goal": "fly\nAnswer:", "sol1": " a", "sol2": "b", "label": 1}, "Question: fly\nAnswer:",
+     ["a", "b"]),
+    ({"query": "cows eat ", "choices": [" grass"], "gold": 0}, "cows eat", ["grass"]),
+    ({"query": "Name it. Answer: ", "choices": [" a"], "gold": 0}, "Name it. Answer:", ["a"])])
+def test_nothing_is_written_twice(row, context, options):
+    """The cue and the space that stand between question and choice, where the row has them."""
+    assert tasks.question(row)[:2] == (context, options)
+
+
+def test_the_last_word_has_one_space():
+    for row in ({"context": "it was the ", "continuation": " dog"}, {"text": "it was the dog\n"},
+                {"context": "it was the", "continuation": "dog"}):
+        assert tasks.last_word(row) == ("it was the", " dog")
+
+
 def test_lambada(double, tmp_path):
     model, tok = tiny()
     hub = [{"text": f"{row['context']} {row['continuation']}"} for row in LAMBADA]
@@ -109,7 +131,11 @@ def test_lambada(double, tmp_path):
     by_hand = [log_p(model, tok.encode(row["text"]), 4)[0] for row in hub]
     assert [row["log_p"] for row in rows] == pytest.approx(by_hand, abs=1e-10)
     assert figures["perplexity"]["mean"] == pytest.approx(math.exp(-np.mean(by_hand)))
-    assert figures["perplexity"]["low"] < figures["perplexity"]["high"]
+    low, mean, high = (math.log(figures["perplexity"][k]) for k in ("low", "mean", "high"))
+    assert low < mean < high and mean - low == pytest.approx(high - mean)    # on the log's scale
+    write_rows(tmp_path / "one.jsonl", LAMBADA[:1])
+    figures, _ = tasks.lambada(flags(), model, tok, str(tmp_path / "one.jsonl"))
+    assert set(figures["perplexity"]) == {"mean", "n"}             # one word says nothing of others
 
 
 class Pairs:
@@ -207,6 +233,11 @@ def test_end_to_end_on_one_rank_and_on_two(files):
     ("choices", '{"query": "a", "choices": ["%s", "c"], "gold": 0}\n' % ("b" * 90),
      ["line 1", "91 tokens", "64"]),
     ("lambada", '{"context": "a"}\n', ["line 1", "continuation"]),
+    ("lambada", '{"text": 5}\n', ["line 1", "last word"]),
+    ("lambada", '{"text": " "}\n', ["line 1", "last word"]),
+    ("choices", '{"query": 5, "choices": ["b", "c"], "gold": 0}\n', ["line 1", "5 is no question"]),
+    ("choices", '{"query": "a", "choices": "bc", "gold": 0}\n', ["line 1", "'bc' is no list"]),
+    ("choices", '{"query": "a", "choices": ["b"], "gold": true}\n', ["line 1", "at True"]),
     ("lambada", "no json\n", ["line 1", "not JSON"]), ("lambada", "", ["no rows"]),
     ("text", "", ["x.jsonl is empty"]), ("text", "\u20ac", ["x.jsonl", "character"]),
     ("nothing", "", ["--choices, --lambada or --text"])])
@@ -227,3 +258,74 @@ def test_cut_contexts_are_counted(tmp_path, capsys):
     write_rows(tmp_path / "x.jsonl", FOUNDRY)
     tasks.choices(flags(), model, tok, str(tmp_path / "x.jsonl"))
     assert "3 of 5 requests are longer than the context of 16" in capsys.readouterr().out
+
+
+def main_args(files, **more):
+    return argparse.Namespace(**dict(
+        choices=[str(files / "arc.jsonl")], lambada=[], text=[], checkpoints=[str(files / "a.pt")],
+        device="cpu", limit=0, batch_size=4) | more)
+
+
+def test_a_bad_out_or_number_is_found_before_any_work(files, tmp_path, refuses, monkeypatch):
+    monkeypatch.setattr(tasks, "load", lambda *_: pytest.fail("it was too late"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "there").mkdir()
+    for out, why in [("", "--out must name a file"), ("file/x.json", "cannot write"),
+                     ("there", "there (it is a folder)"), ("x" * 300, "too long")]:
+        args = main_args(files, out=out and f"{tmp_path}/{out}")
+        refuses(lambda: tasks.main(args), why)
+    for changes in (dict(limit=-1), dict(batch_size=0), dict(batch_size=10 ** 9)):
+        args = main_args(files, out=str(tmp_path / "o.json"), **changes)
+        refuses(lambda: tasks.main(args), f"--{[*changes][0]} must lie in")
+    args = main_args(files, out=str(tmp_path / "o.json"), checkpoints=[str(tmp_path / "no.pt")])
+    refuses(lambda: tasks.main(args), "no.pt is missing")
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_what_is_known_is_written_after_every_file(files, tmp_path, refuses):
+    (tmp_path / "bad.jsonl").write_text("no json\n")
+    args = main_args(files, out=str(tmp_path / "new/o.json"), lambada=[str(tmp_path / "bad.jsonl")])
+    refuses(lambda: tasks.main(args), "bad.jsonl, line 1: not JSON")
+    assert json.loads((tmp_path / "new/o.json").read_text())["results"]["a"]["arc"]["acc"]["n"] == 6
+
+
+def test_a_reward_model_is_asked_nothing(files, tmp_path, refuses):
+    whole = torch.load(files / "a.pt", weights_only=True)
+    save(tmp_path / "r.pt", **whole, head={"weight": torch.zeros(1, 16), "bias": torch.zeros(1)})
+    args = main_args(files, out=str(tmp_path / "o.json"), checkpoints=[str(tmp_path / "r.pt")])
+    refuses(lambda: tasks.main(args), "r.pt is a reward model")
+
+
+# ---------------------------------------------------------------------------- bench
+
+
+@pytest.mark.parametrize("name, flags, why", [
+    ("shootout", dict(jobs=0, report=False, only=""), "--jobs must lie in [1, 1000], not 0"),
+    ("exploits", dict(questions=0, show=3, seed=0), "--questions must lie in"),
+    ("exploits", dict(questions=9, show=-1, seed=0), "--show must lie in"),
+    ("exploits", dict(questions=9, show=3, seed=-1), "--seed must lie in"),
+    ("exploits", dict(questions=9, show=3, seed=0, policy="no.pt"), "no.pt is missing"),
+    ("exploits", dict(questions=9, show=3, seed=0, policy="{a}", reward="{a}"), "no reward model"),
+    ("beside_transformers", dict(chars=0, max_new=4), "--chars must lie in"),
+    ("beside_transformers", dict(chars=9, max_new=0), "--max_new must lie in"),
+    ("beside_transformers", dict(chars=9, max_new=4, folder="no"), "no is no folder")])
+def test_bench_in_one_line(files, refuses, name, flags, why):
+    script = load_stage(f"bench/{name}")
+    flags = {k: v.format(a=files / "a.pt") if isinstance(v, str) else v for k, v in flags.items()}
+    refuses(lambda: script.main(argparse.Namespace(**flags)), why)
+
+
+def test_seconds_of_a_step_in_old_records_and_new_ones():
+    """Logs counted steps from 0 once; the screen, whose clock a record has, always from 1."""
+    shootout = load_stage("bench/shootout")
+    for begin in (0, 1):
+        log = [{"step": begin + i, "sampled_tokens": 10, "accuracy": i / 4} for i in range(4)]
+        run = {"log": log, "seconds": {"1": 1.5, "2": 2.5, "3": 3.5, "4": 4.5}}
+        assert shootout.reached(run, 0.5) == (30, 3.5)
+        assert shootout.reached(run, 0.9) is None
+
+
+def test_estimate_of_no_command():
+    done = subprocess.run([sys.executable, str(ROOT / "bench/estimate.py")], input="ls -l\n",
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'ls -l'" in done.stderr
