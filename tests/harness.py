@@ -1,4 +1,4 @@
-"""The machine of test_bad_inputs.py and test_writers.py: a script in a process of its own, in 50 ms.
+"""The machine of test_bad_inputs.py and test_writers.py: a script in a forked process.
 
     machine = Machine()
     done = machine.run("01_sft.py --steps 2", cwd, stdout="/dev/full")     # .code, .out, .err
@@ -9,6 +9,7 @@ imported anew, uncaught exceptions through sys.excepthook, exit functions, the l
 gone. The loaded process itself computes nothing, so that no thread is lost in a fork.
 """
 import atexit
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import types
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,11 +102,11 @@ def listing(folder):
 
 def serve():
     sys.path.insert(0, str(ROOT))
+    import model  # noqa: F401
     import torch
     torch.set_num_threads(1)
     import jinja2.sandbox, safetensors.torch, tokenizers  # noqa: E401, F401
     import torch._dynamo, torch.distributed, torch.utils.checkpoint  # noqa: E401, F401
-    import model  # noqa: F401
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
@@ -200,7 +200,7 @@ def strike(sign, name, call):
             os.kill(os.getpid(), sign)
         return whole(*args, **kwargs)
 
-    setattr(model, name, struck)
+    setattr(model, name, functools.wraps(whole)(struck))
 
 
 def execute(script):
@@ -309,6 +309,20 @@ def make_hf(machine, folder, flags):
             "convert.py bpe/00_pretrain.pt hf"):
         done = machine.run(command, folder)
         assert done.code == 0, done.err
+    for name in ("train.bin", "val.bin"):
+        describe(bpe / name, bpe / "tokenizer.json")
+
+
+def describe(path, tokenizer):
+    """path.json, as a preparer writes it."""
+    import model as kernel
+    import numpy as np
+    made, spec = np.fromfile(path, np.uint16), kernel.load_tokenizer(str(tokenizer)).spec
+    edges = made[: 2 ** 20].tobytes() + made[-2 ** 20:].tobytes() + str(len(made)).encode()
+    Path(f"{path}.json").write_text(json.dumps(dict(
+        dtype="uint16", count=len(made), max_id=int(made.max()),
+        edges=hashlib.sha256(edges).hexdigest(), tokenizer=hashlib.sha256(
+            json.dumps(spec, sort_keys=True).encode()).hexdigest())))
 
 
 if __name__ == "__main__":
