@@ -44,7 +44,8 @@ class Machine:
     def start(self, command, cwd, **options):
         """`options`: stdin (text, or "closed"), stdout (a file, or "closed", "left", "head"), env,
         user, limits {"FSIZE": bytes}, umask, strike [signal, function of the kernel, at which
-        call]. -> a run to wait for."""
+        call], patch "parity" (rewards that vary, where a tiny model is never right). -> a run to
+        wait for."""
         argv = shlex.split(command) if isinstance(command, str) else list(command)
         self.count += 1
         files = {k: f"{cwd}/../.{os.path.basename(cwd)}.{self.count}.{k}" for k in ("out", "err")}
@@ -153,6 +154,9 @@ def child(request):
     sys.excepthook = sys.__excepthook__
     for name in ("model", "eval", "tasks", "common", "report"):
         sys.modules.pop(name, None)
+    if request.get("patch") == "parity":
+        import model
+        model.verify = lambda text, answer: float(sum(map(ord, text)) % 2)
     if request.get("strike"):
         strike(*request["strike"])
     os._exit(execute(script))
@@ -190,9 +194,12 @@ def streams(request):
 
 
 def strike(sign, name, call):
-    """Send ourselves a signal when the kernel's function `name` is called for the n-th time."""
+    """Send ourselves a signal when the kernel's function `name` (or os.replace and the like) is
+    called for the n-th time."""
     import model
-    whole, calls = getattr(model, name), []
+    holder = os if name.startswith("os.") else model
+    name = name.removeprefix("os.")
+    whole, calls = getattr(holder, name), []
 
     def struck(*args, **kwargs):
         calls.append(1)
@@ -200,7 +207,7 @@ def strike(sign, name, call):
             os.kill(os.getpid(), sign)
         return whole(*args, **kwargs)
 
-    setattr(model, name, functools.wraps(whole)(struck))
+    setattr(holder, name, functools.wraps(whole)(struck))
 
 
 def execute(script):
