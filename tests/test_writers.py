@@ -71,8 +71,8 @@ def test_two_at_once(machine, folder):
     for command in (LONG, LONG + " --lr 1e-3 --overwrite 1", LONG + " --out ./out/"):
         second = machine.run(command, folder)
         assert second.code == 2 and re.fullmatch(
-            rf"error: .*out/*/01_sft is being written by another run \(process {first.pid} on .*\): "
-            r"wait for it, stop it, or choose another --out\n", second.err), second.err
+            rf"error: .*out/*/01_sft is being written by another run \(process {first.pid} "
+            r"on .*\): wait for it, stop it, or choose another --out\n", second.err), second.err
     other = machine.run(SFT.replace("01_sft", "02_cot"), folder)       # another name may
     assert other.code == 0, other.err
     before = lines(log)
@@ -123,7 +123,7 @@ def test_second_ctrl_c_leaves_at_once(machine, folder):
 
 
 def test_finished_checkpoints_are_kept(machine, folder):
-    """By hand one of another record is refused; --overwrite 1 replaces it; run.sh keeps it aside."""
+    """One of another record: by hand refused, --overwrite 1 replaces it, run.sh keeps it aside."""
     path, old = folder / "out/01_sft.pt", folder / "out/01_sft.pt.old"
     assert machine.run(SFT, folder).code == 0
     first = path.read_bytes()
