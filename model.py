@@ -901,6 +901,11 @@ claim.held = []
 # The range of every number that a flag can set: [ and ] with the end, ( and ) without. Where one
 # name means two things, the script's name stands before it.
 RANGES = {
+    # Of the architecture, in a checkpoint:
+    "vocab_size": "[1, 1e8]", "n_kv_head": "[0, 1000]", "head_dim": "[0, 1e5]", "n_ff": "[0, 1e6]",
+    "rope_theta": "(0, 1e12]", "rope_factor": "(0, 1e4]", "rope_low": "(0, 1e4]",
+    "rope_high": "(0, 1e4]", "rope_context": "[1, 1e8]", "norm_eps": "(0, 1]",
+    # Of the scripts:
     "steps": "[1, 1e9]", "batch_size": "[1, 1e6]", "micro_batch": "[1, 1e6]",
     "eval_every": "[1, 1e9]", "save_every": "[1, 1e9]", "eval_rows": "[1, 1e9]",
     "warmup": "[0, 1e9]", "lr": "[0, 10]", "muon_lr": "[0, 10]", "grad_clip": "[0, 1e9]",
@@ -913,11 +918,7 @@ RANGES = {
     "kto.beta": "(0, 100]", "kto.batch_size": "[2, 1e6]", "simpo.beta": "(0, 100]",
     "gamma": "[0, 1]", "simpo.gamma": "[0, 100]", "lam": "[0, 1]",
     "orpo.lam": "(0, 100]", "lam_d": "(0, 100]", "lam_u": "(0, 100]",
-    "vf_coef": "[0, 100]",
-    # and of a checkpoint's architecture
-    "vocab_size": "[1, 1e8]", "n_kv_head": "[0, 1000]", "head_dim": "[0, 1e5]", "n_ff": "[0, 1e6]",
-    "rope_theta": "(0, 1e12]", "rope_factor": "(0, 1e4]", "rope_low": "(0, 1e4]",
-    "rope_high": "(0, 1e4]", "rope_context": "[1, 1e8]", "norm_eps": "(0, 1]"}
+    "vf_coef": "[0, 100]"}
 
 
 def check_ranges(values, script="", where="--"):
