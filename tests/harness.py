@@ -299,17 +299,17 @@ def make_hf(machine, folder, flags):
     """hf/: a tiny Llama in Hugging Face's format, with a byte-level tokenizer of its own."""
     import tokenizers
     bpe, text = folder / "bpe", "12+5=17 and some words more. " * 40
-    bpe.mkdir()
+    (folder / "source").mkdir()
     tok = tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = tokenizers.decoders.ByteLevel()
     tok.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
         vocab_size=300, show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    tok.save(str(bpe / "tokenizer.json"))
-    (bpe / "text.txt").write_text("<|endoftext|>".join(f"{i} {text}" for i in range(40)))
+    tok.save(str(folder / "source/tokenizer.json"))
+    (folder / "source/text.txt").write_text("<|endoftext|>".join(f"{i} {text}" for i in range(40)))
     for command in (
-            "data/text.py bpe/text.txt --tokenizer bpe/tokenizer.json --out bpe --workers 1 "
+            "data/text.py source/text.txt --tokenizer source/tokenizer.json --out bpe --workers 1 "
             "--val_share 0.3",
             f"00_pretrain.py --data bpe --out bpe --position rope --norm rms --mlp swiglu "
             f"--bias none --qk_norm 0 {flags}",
@@ -317,7 +317,8 @@ def make_hf(machine, folder, flags):
         done = machine.run(command, folder)
         assert done.code == 0, done.err
     for name in ("train.bin", "val.bin"):
-        describe(bpe / name, bpe / "tokenizer.json")
+        if not (bpe / f"{name}.json").exists():
+            describe(bpe / name, bpe / "tokenizer.json")
 
 
 def describe(path, tokenizer):

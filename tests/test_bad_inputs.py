@@ -777,7 +777,7 @@ for command, reason, change in [
         (TO, "index|missing", {"hf/model.safetensors": None,
                                "hf/model.safetensors.index.json": '{"weight_map": {"a": "b"}}'}),
         (TO, "index|\\.\\./", {"hf/model.safetensors": None, "hf/model.safetensors.index.json":
-                               '{"weight_map": {"a": "../bpe/text.txt"}}'}),
+                               '{"weight_map": {"a": "../source/text.txt"}}'}),
         (TO, "index|/etc", {"hf/model.safetensors": None, "hf/model.safetensors.index.json":
                             '{"weight_map": {"a": "/etc/passwd"}}'}),
         (TO, "index", {"hf/model.safetensors": None, "hf/model.safetensors.index.json": "{}"}),
