@@ -20,7 +20,7 @@ and then what serves training:
 """
 import argparse, atexit, errno, fcntl, hashlib, inspect, json, math, os, re, shutil, signal
 import sys, threading, time, zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, asdict, dataclass, fields
 from decimal import Decimal
 
@@ -40,6 +40,7 @@ def last_words(kind, error, trace):
 
 
 sys.excepthook = last_words
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no log of C++ beside our own line
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -80,17 +81,14 @@ class GPTConfig:
     where: InitVar[str] = ""    # what an error begins with
 
     def __post_init__(self, where):
-        self.n_kv_head = self.n_kv_head or self.n_head
         for name, choices in [("position", ("learned", "rope")), ("norm", ("layer", "rms")),
                               ("mlp", ("gelu", "swiglu")),
                               ("bias", ("all", "none", "qkv", "attention"))]:
             if getattr(self, name) not in choices:
                 fail(f"{where}{name} must be one of {', '.join(choices)}, "
                      f"not {getattr(self, name)!r}")
-        for name, value in [(f.name, getattr(self, f.name)) for f in fields(self)]:
-            least = 0 if name in ("head_dim", "n_ff", "qk_norm", "tied") else 1e-30
-            if not isinstance(value, str) and not least <= value <= 1e9:
-                fail(f"{where}{name} cannot be {value}")
+        check_ranges(asdict(self), where=where)
+        self.n_kv_head = self.n_kv_head or self.n_head
         if not self.head_dim and self.n_embd % self.n_head:
             fail(f"{where}n_head={self.n_head} does not divide n_embd={self.n_embd}")
         if self.n_head % self.n_kv_head:
@@ -634,13 +632,8 @@ def load_tokenizer(path):
 
 def make_tokenizer(spec, where):
     """A Tokenizer, or the line that says why `spec`, read in the file `where`, makes none."""
-    try:
+    with believing(f"{where} holds no tokenizer that works"):
         return Tokenizer(spec)
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as e:             # the tokenizers library panics outside of Exception
-        what = " ".join(str(e).split())[:120]
-        fail(f"{where} holds no tokenizer that works ({type(e).__name__}: {what})")
 
 
 # ---------------------------------------------------------------------------- rows
@@ -658,7 +651,7 @@ def read_rows(path, *keys):
             fail(f"{path}, line {n}: not JSON ({e}); every line is one object")
         for key in keys:
             if not isinstance(row, dict) or all(
-                    row.get(k) in (None, "", []) for k in key.split("|")):
+                    row.get(k) in (None, "", [], {}) for k in key.split("|")):
                 fail(f"{path}, line {n}: no {key.replace('|', ' or ')!r}, or empty; "
                      f"a row here needs {', '.join(keys)}")
         try:
@@ -770,7 +763,7 @@ def read_tokens(path, tokenizer):
         made = {"dtype": dtype.name, "count": len(ids), "edges": edges, "tokenizer": hashlib.sha256(
             json.dumps(tokenizer.spec, sort_keys=True).encode()).hexdigest()}
         wrong = [k for k, v in made.items() if not isinstance(said, dict) or said.get(k) != v]
-        if wrong or not 0 <= said.get("max_id", -1) < tokenizer.vocab_size:
+        if wrong or said.get("max_id") not in range(tokenizer.vocab_size):
             fail(f"{path} was written with another tokenizer, or has changed since "
                  f"({', '.join(wrong) or 'max_id'} differs from {path}.json): {again}")
     file_hashes[str(path)] = edges
@@ -908,10 +901,21 @@ def cannot_read(path, error, made_by=""):
 
 def cannot_write(path, error):
     """Leave with why `path` cannot be written."""
-    why, full = getattr(error, "strerror", None), (errno.ENOSPC, errno.EDQUOT, None)
+    why, full = getattr(error, "strerror", None), (errno.ENOSPC, errno.EDQUOT)
     fail(f"cannot write {path} ({why or error}); what was there before is intact. "
          + ("Free some space and run the same command again"
             if getattr(error, "errno", None) in full else "Choose a place that can be written"))
+
+
+@contextmanager
+def believing(otherwise):
+    """Whatever a foreign file makes our own code raise becomes the line `otherwise`."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt, OSError, MemoryError):
+        raise
+    except BaseException as e:             # the tokenizers library panics outside of Exception
+        fail(f"{otherwise} ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
 
 
 file_hashes = {}   # every file that this process has read -> its hash, for the checkpoint's record
@@ -957,6 +961,7 @@ def write_text(path, text):
             f.write(text)
         os.replace(f"{path}.new", path)
     except OSError as e:
+        release(f"{path}.new")
         cannot_write(path, e)
 
 
@@ -969,8 +974,11 @@ def claim(out, name):
     try:
         os.makedirs(out, exist_ok=True)
         lock = open(path, "a+")
-    except OSError as e:
+    except (OSError, RecursionError) as e:
         cannot_write(path, e)
+    for file in os.listdir(out):
+        if file.startswith(f"{name}.") and os.path.isdir(f"{out}/{file}"):
+            fail(f"cannot write {out}/{file}: it is a folder; choose another --out")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -989,7 +997,7 @@ def claim(out, name):
 
 
 def release(path):
-    if os.path.exists(path):
+    if os.path.isfile(path):
         os.remove(path)
 
 
@@ -1002,11 +1010,16 @@ claim.held = []
 # The range of every number that a flag can set: [ and ] with the end, ( and ) without. Where one
 # name means two things, the script's name stands before it.
 RANGES = {
+    # Of the architecture, in a checkpoint:
+    "vocab_size": "[1, 1e8]", "n_kv_head": "[0, 1000]", "head_dim": "[0, 1e5]", "n_ff": "[0, 1e6]",
+    "rope_theta": "(0, 1e12]", "rope_factor": "(0, 1e4]", "rope_low": "(0, 1e4]",
+    "rope_high": "(0, 1e4]", "rope_context": "[1, 1e8]", "norm_eps": "(0, 1]",
+    # Of the scripts:
     "steps": "[1, 1e9]", "batch_size": "[1, 1e6]", "micro_batch": "[1, 1e6]",
     "eval_every": "[1, 1e9]", "save_every": "[1, 1e9]", "eval_rows": "[1, 1e9]",
     "warmup": "[0, 1e9]", "lr": "[0, 10]", "muon_lr": "[0, 10]", "grad_clip": "[0, 1e9]",
     "seed": "[0, 4294967295]", "n_layer": "[1, 1000]", "n_head": "[1, 1000]",
-    "n_embd": "[1, 1e5]", "block_size": "[2, 1e6]", "window": "[1, 1e6]", "qk_norm": "[0, 1]",
+    "n_embd": "[1, 1e5]", "block_size": "[2, 1e7]", "window": "[1, 1e6]", "qk_norm": "[0, 1]",
     "tied": "[0, 1]", "group_size": "[2, 1e4]", "minibatches": "[1, 1e4]", "epochs": "[1, 1000]",
     "max_new": "[1, 1e6]", "max_rounds": "[1, 1000]", "overlong": "[0, 1e6]",
     "temperature": "[0.001, 100]", "clip_eps": "(0, 1]", "clip_eps_high": "(0, 100]",
@@ -1020,7 +1033,7 @@ RANGES = {
     "chars": "[1, 1e9]", "questions": "[1, 1e6]", "show": "[0, 1e6]"}
 
 
-def check_ranges(values, script):
+def check_ranges(values, script="", where="--"):
     """Leave unless every number of {flag: value} is finite and lies in its range. (A comparison
     with NaN is false: each is written so that NaN fails it.)"""
     for name, value in values.items():
@@ -1029,7 +1042,7 @@ def check_ranges(values, script):
             low, high = map(float, span[1:-1].split(","))
             above = value >= low if span[0] == "[" else value > low
             if not (above and (value <= high if span[-1] == "]" else value < high)):
-                fail(f"--{name} must lie in {span}, not {value}")
+                fail(f"{where}{name} must lie in {span}, not {value}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1110,8 +1123,10 @@ def init_distributed(device):
         fail(" ".join(f"{k}={v}" for k, v in env.items()) + " in the environment cannot be: "
              "start several processes with torchrun, or unset them")
     world, local = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
-    if world > 1 and not os.environ.get("MASTER_ADDR"):
-        fail(f"WORLD_SIZE={world} without MASTER_ADDR: start with torchrun, or unset WORLD_SIZE")
+    at, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if world > 1 and not (at and port.isdecimal() and 0 < int(port) < 65536):
+        fail(f"WORLD_SIZE={world} with MASTER_ADDR={at} and MASTER_PORT={port}: start with "
+             "torchrun, or unset WORLD_SIZE")
     device = pick_device(device, local, world)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -1348,7 +1363,7 @@ def begin(path, first, head):
     """A log file from its head on; a resumed run keeps what there is up to step `first`. Damaged
     lines go: the log is for people, and no reason to stop."""
     kept = []
-    if first and os.path.isfile(path):
+    if first and os.access(path, os.R_OK):
         with open(path, errors="replace") as f:
             for line in f.read().split("\n"):
                 try:
@@ -1389,7 +1404,7 @@ NEUTRAL = {"device", "micro_batch", "save_every"}     # leave the result unchang
 
 def differing(old, new):
     """What two records disagree on: config fields and input files by name."""
-    names = []
+    names = [] if old.get("stage", new["stage"]) == new["stage"] else ["stage"]
     for part in ("config", "inputs"):
         a, b = old.get(part, {}), new[part]
         names += [k for k in sorted(set(a) | set(b)) if k not in NEUTRAL and a.get(k) != b.get(k)]
@@ -1415,8 +1430,10 @@ def resume(cfg, modules, optimizers, **header):
 def respect_finished(path, record):
     """A finished checkpoint is there. run.sh (SKIP_DONE) leaves at once if it has this very record,
     or remakes it and keeps the old one; by hand, one of another record needs --overwrite 1."""
-    old = read_checkpoint(path).get("record", {}) if os.path.isfile(path) else None
-    names = differing(old, record) if old is not None else []
+    old, names = None, []
+    if os.path.isfile(path):
+        with believing(f"{path} has no record of how it was made: choose another --out"):
+            names = differing(old := read_checkpoint(path)["record"], record)
     by_hand = not os.environ.get("SKIP_DONE")
     if all_sum(done=old is not None and not names and not by_hand)["done"]:
         say(f"{path} is up to date")
@@ -1433,37 +1450,35 @@ def restore(path, cfg, modules, optimizers):
     """Load an unfinished run's state, if there is one -> how many steps it has done."""
     if not os.path.exists(path):
         return 0
-    parts = read_checkpoint(path)
-    names = differing(parts.get("record", {}), record_of(cfg))
-    if names:
-        fail(f"{path} is an unfinished run with other {', '.join(names)}: "
-             "delete it to start afresh, or choose another --out")
-    step, states = parts.get("step"), parts.get("optimizers")
-    if type(step) is not int or not 0 < step < cfg.steps or not set(modules) <= set(parts):
-        fail(f"{path} is no state of this run: choose another --out")
-    for name, module in modules.items():
-        load_strict(module, parts[name], path)
-    try:
-        assert len(states) == len(optimizers), f"{len(states)} optimizers, not {len(optimizers)}"
-        for opt, state in zip(optimizers, states):
-            load_optimizer(opt, state)
-    except Exception as e:
-        what = " ".join(str(e).split())[:120]
-        fail(f"{path}: its optimizer state does not fit this run ({type(e).__name__}: {what}): "
-             "choose another --out")
+    parts, other = read_checkpoint(path), "choose another --out"
+    with believing(f"{path} is no state of this run: {other}"):
+        names, step = differing(parts["record"], record_of(cfg)), parts["step"]
+        if names:
+            fail(f"{path} is an unfinished run with other {', '.join(names)}: delete it to start "
+                 f"afresh, or {other}")
+        if type(step) is not int or not 0 < step < cfg.steps:
+            raise ValueError(f"step {step!r} of {cfg.steps}")
+        for name, module in modules.items():
+            load_strict(module, parts[name], path)
+        for opt, saved in zip(optimizers, parts["optimizers"], strict=True):
+            load_optimizer(opt, saved["state"])
     return step
 
 
-def load_optimizer(opt, saved):
-    """Every weight's state, in the weight's own shape: torch itself takes what does not fit."""
+def load_optimizer(opt, state):
+    """Every weight's state, finite and in the weight's own shape: torch itself takes what does not
+    fit. Rates and the like are this run's own."""
     weights = [p for group in opt.param_groups for p in group["params"]]
-    assert sorted(saved["state"]) == list(range(len(weights))), "weights without a state"
-    for i, of in saved["state"].items():
-        for k, v in of.items():
-            assert v.shape in (weights[i].shape, ()), f"{k} of shape {tuple(v.shape)}"
-    saved["state"] = {i: {k: shard_like(v, weights[i]) for k, v in of.items()}
-                      for i, of in saved["state"].items()}
-    opt.load_state_dict(saved)
+    names = {"momentum_buffer"} if type(opt) is torch.optim.Muon else {
+        "step", "exp_avg", "exp_avg_sq"}
+    if sorted(state) != list(range(len(weights))):
+        raise ValueError("other weights have a state of the optimizer")
+    for i, of in state.items():
+        if set(of) != names or not all(v.shape in (weights[i].shape, ()) and v.is_floating_point()
+                                       and finite(v) for v in of.values()):
+            raise ValueError(f"the optimizer's state of weight {i}")
+        state[i] = {k: shard_like(v, weights[i]) for k, v in of.items()}
+    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
 
 def save_checkpoint(cfg, step, modules, optimizers, tokenizer, **extra):
@@ -1506,8 +1521,9 @@ def save(path, then_remove="", **parts):
             os.replace(path, f"{path}.old")
         os.replace(new, path)
     except (OSError, RuntimeError) as e:
-        if os.path.isfile(new):
-            os.remove(new)
+        release(new)
+        while e.__context__:                   # torch's own errors hide the system's
+            e = e.__context__
         cannot_write(path, e)
     release(then_remove)
 
@@ -1527,23 +1543,21 @@ def missing(path):
 def read_checkpoint(path):
     """The dict that `save` wrote, on the CPU. weights_only: a foreign file cannot run code."""
     try:
-        with open(path, "rb") as f:
-            begins = f.read(4)
-            if begins == b"PK\3\4" and not zipfile.is_zipfile(f):
+        with open(path, "rb") as f, believing(f"{path} is no checkpoint of this project"):
+            if f.read(4) != b"PK\3\4":
+                raise ValueError("it is no zip file")
+            if not zipfile.is_zipfile(f):
                 fail(f"{path} is truncated: its end is missing; delete it and make it again")
             parts = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
         missing(path)
-    except (OSError, MemoryError) as e:
+    except OSError as e:
         cannot_read(path, e)
-    except Exception as e:
-        what = " ".join(str(e).split())[:100]
-        fail(f"{path} is no checkpoint of this project ({type(e).__name__}: {what})")
-    kinds = {"model": dict, "gpt": dict, "tokenizer": dict, "record": dict}
-    wrong = [k for k, kind in kinds.items()
-             if not isinstance(parts, dict) or not isinstance(parts.get(k, {}), kind)]
-    if wrong or not set(parts) >= {"model", "gpt", "tokenizer"}:
-        fail(f"{path} is no checkpoint of this project: it lacks {', '.join(wrong) or 'parts'}")
+    parts = parts if isinstance(parts, dict) else {}
+    odd = [k for k in ("model", "gpt", "tokenizer") if not isinstance(parts.get(k), dict)]
+    odd += [k for k in ("record", "head", "value") if not isinstance(parts.get(k, {}), dict)]
+    if odd:
+        fail(f"{path} is no checkpoint of this project: its {', '.join(odd)} is missing or odd")
     return parts
 
 
@@ -1561,19 +1575,21 @@ def load(path, device="cpu", kind="policy", beside=None):
         fail(f"{path} is {'a' if 'head' in parts else 'no'} reward model: " + (
             "it scores completions and writes none" if "head" in parts else
             "python 06_reward.py makes one"))
+    scale = [parts.get(k) for k in ("val_mean", "val_std")]
+    if kind == "reward" and not (
+            all(type(x) is float and math.isfinite(x) for x in scale) and scale[1] > 0):
+        fail(f"{path}: the mean and std of its scores (val_mean, val_std) cannot be {scale}")
     known = {f.name: type(f.default) for f in fields(GPTConfig)}
-    if {k: type(v) for k, v in parts["gpt"].items()} != known:
-        odd = [k for k in sorted(set(parts["gpt"]) | set(known))
-               if type(parts["gpt"].get(k)) is not known.get(k)]
+    odd = [k for k in sorted({*parts["gpt"], *known}, key=str)
+           if type(parts["gpt"].get(k)) is not known.get(k)]
+    if odd:
         fail(f"{path} describes another architecture: {', '.join(map(str, odd))}")
     tokenizer = make_tokenizer(parts["tokenizer"], path)
-    try:
-        cfg = GPTConfig(**parts["gpt"])
+    with believing(f"{path} describes a model that cannot be made"):
+        cfg = GPTConfig(**parts["gpt"], where=f"{path}: ")
         with torch.device("meta"):             # shapes first: no memory for what does not fit
             load_shapes(GPT(cfg), parts["model"], path)
         model = GPT(cfg).to(device)
-    except (RuntimeError, ValueError, OverflowError, ZeroDivisionError) as e:
-        fail(f"{path} describes a model that cannot be made: {' '.join(str(e).split())[:150]}")
     if beside is not None and beside.spec != tokenizer.spec:
         fail(f"{path} has another tokenizer than --init: make it from that checkpoint")
     if model.cfg.vocab_size < tokenizer.vocab_size:
