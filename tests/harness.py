@@ -9,6 +9,7 @@ imported anew, uncaught exceptions through sys.excepthook, exit functions, the l
 gone. The loaded process itself computes nothing, so that no thread is lost in a fork.
 """
 import atexit
+import ctypes
 import functools
 import hashlib
 import json
@@ -26,7 +27,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-NOBODY = 65534
 
 
 class Machine:
@@ -43,7 +43,7 @@ class Machine:
 
     def start(self, command, cwd, **options):
         """`options`: stdin (text, or "closed"), stdout (a file, or "closed", "left", "head"), env,
-        user, limits {"FSIZE": bytes}, umask, strike [signal, function of the kernel, at which
+        bound (by permissions, also root), limits {"FSIZE": bytes}, umask, strike [signal, function of the kernel, at which
         call], patch "parity" (rewards that vary, where a tiny model is never right). -> a run to
         wait for."""
         argv = shlex.split(command) if isinstance(command, str) else list(command)
@@ -147,9 +147,8 @@ def child(request):
     streams(request)
     for name, value in request.get("limits", {}).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    if request.get("user") and os.getuid() == 0:
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+    if request.get("bound"):
+        bound_by_permissions()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.excepthook = sys.__excepthook__
     for name in ("model", "eval", "tasks", "common", "report"):
@@ -160,6 +159,17 @@ def child(request):
     if request.get("strike"):
         strike(*request["strike"])
     os._exit(execute(script))
+
+
+def bound_by_permissions():
+    """Root gives up its right to pass over permissions (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+    libc = ctypes.CDLL(None)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()                  # effective, permitted, inheritable; twice
+    if os.getuid() == 0:
+        libc.capget(header, sets)
+        sets[0] &= ~0b110
+        assert libc.capset(header, sets) == 0
 
 
 def streams(request):
