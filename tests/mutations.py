@@ -84,8 +84,8 @@ put("pairs-without-end", "the end token is missing from chosen and rejected", "0
     "kernel.py::test_prompt_ids_are_the_same_in_training_and_rollouts")
 
 put("tags-in-user-text", "a user who writes <answer> gets a control token", "model.py",
-    "(self.encode_completion if new else self.encode)(m[\"content\"])",
-    "self.encode_completion(m[\"content\"])", "kernel.py::test_tags_in_text_stay_text")
+    "(self.encode_completion if new else self.encode)(text)",
+    "self.encode_completion(text)", "kernel.py::test_tags_in_text_stay_text")
 
 put("special-tokens-in-user-text", "a user who writes <|im_start|> gets the file's own control "
     "token", "model.py", "self.hf.encode_special_tokens = True",
@@ -296,7 +296,7 @@ put("same-windows-every-step", "the data begin again in every step", "00_pretrai
     "np.random.default_rng([cfg.seed, step])", "np.random.default_rng([cfg.seed])",
     "gaps.py::test_windows")
 
-put("same-order-every-epoch", "every epoch sees the rows in the same order", "answers.py",
+put("same-order-every-epoch", "every epoch sees the rows in the same order", "model.py",
     "np.random.default_rng([seed, epoch])", "np.random.default_rng([seed])",
     "kernel.py::test_sample_rows")
 
@@ -638,14 +638,15 @@ put("resume-under-other-flags", "an unfinished run is continued under another co
     "kernel.py::test_restore_is_strict")
 
 put("optimizer-not-restored", "a resume begins with fresh moments", "model.py",
-    "opt.load_state_dict({\"state\": state,", "str({\"state\": state,", "resume.py::test_stopped_at_any_step[01_sft]")
+    "opt.load_state_dict({\"state\": state,", "str({\"state\": state,",
+    "resume.py::test_stopped_at_any_step[01_sft]")
 
 put("data-order-not-restored", "a resumed run sees the first batches again", "01_sft.py",
     "sample_rows(len(train), cfg.batch_size, cfg.seed, step)",
     "sample_rows(len(train), cfg.batch_size, cfg.seed, step - first)",
     "resume.py::test_stopped_at_any_step[01_sft]")
 
-put("log-not-cut-back", "after a resume the log has some steps twice", "model.py",
+put("log-not-cut-back", "after a resume the log has some steps twice", "frame.py",
     "if 0 < row[\"step\"] <= first else []", "if 0 < row[\"step\"] else []",
     "gaps.py::test_log_is_cut_back")
 
@@ -690,7 +691,7 @@ put("no-sync-inverted", "gradients of the last micro-batch are not reduced", "03
     "ranks.py::test_weights[03_dpo-2]")
 
 put("counts-of-one-rank", "each rank divides by its own count: a mean of means over ranks",
-    "model.py", "    dist.all_reduce(t)\n", "    t = t * dist.get_world_size()\n",
+    "frame.py", "    dist.all_reduce(t)\n", "    t = t * dist.get_world_size()\n",
     "ranks.py::test_first_gradient[01_sft-2]")
 
 put("divided-twice", "the sum over ranks is divided by their number as well", "02_cot.py",
@@ -715,7 +716,7 @@ put("fsdp-resume-without-momenta", "a run that goes on under FSDP2 has lost its 
     "ranks.py::test_fsdp[01_sft-0-2]")
 
 put("fsdp-in-rl", "--fsdp is taken in RL, where sampling would gather the weights for every token",
-    "model.py", "if SWITCHES[\"fsdp\"] and \"max_new\" in flags:", "if False:",
+    "frame.py", "if SWITCHES[\"fsdp\"] and \"max_new\" in flags:", "if False:",
     "scale.py::test_fsdp_in_rl[04_rlvr]")
 
 put("uneven-pieces", "ranks differ in their number of micro-batches: FSDP2 waits for ever",
@@ -747,7 +748,8 @@ put("control-ids-by-number", "control ids that a model brought are counted as te
     "eval_chat.py::test_bits_count_a_control_token_once")
 
 put("invented-command", "a missing checkpoint names a command that is not there", "model.py",
-    "if stage != \"model\" and os.path.isfile(f\"{root}/{script}\"):", "if True:",
+    "if os.path.isfile(f\"{root}/{script}\") and not os.path.islink(f\"{root}/{script}\"):",
+    "if True:",
     "errors.py::test_missing_checkpoint_of_no_script")
 
 # ---------------------------------------------------------------------------- real rows and weights
@@ -998,7 +1000,7 @@ put("windows-of-seed-0", "every seed reads the text at the same places", "00_pre
     "np.random.default_rng([cfg.seed, step])", "np.random.default_rng([0, step])",
     "numbers.py::test_seed_of_windows_and_weights")
 
-put("weights-of-seed-0", "every seed begins with the same weights", "model.py",
+put("weights-of-seed-0", "every seed begins with the same weights", "frame.py",
     "torch.manual_seed(cfg.seed)", "torch.manual_seed(0)",
     "numbers.py::test_seed_of_windows_and_weights")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import frame
 from conftest import LOSS, PAIRS, ROLLOUTS, ROOT, SCRIPTS, TRAIN, kernel, run, stem, write_rows
 
 JSONL = [name for name in SCRIPTS if TRAIN[name].endswith(".jsonl")]
@@ -239,7 +240,7 @@ def test_out_of_range_in_rollouts(name, make, refuses):
 def test_batch_among_ranks(name, make, refuses, monkeypatch):
     """Ranks of unequal batches would wait for each other for ever."""
     stage, cfg = make(name, batch_size=8)
-    monkeypatch.setattr(kernel, "init_distributed", lambda device: (0, 3, "cpu"))
+    monkeypatch.setattr(frame, "init_distributed", lambda device: (0, 3, "cpu"))
     refuses(lambda: run(stage, cfg), "--batch_size 8 is not divisible")
 
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import frame
 from conftest import ROOT, SCRIPTS, kernel, run
 from test_eval_chat import world  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +45,7 @@ def narrow(monkeypatch):
     """Under this, what mps would refuse is an AssertionError."""
     mode, init = Narrow(), kernel.GPT.__init__
     monkeypatch.setattr(torch.Tensor, "device", property(lambda self: DEVICE), raising=False)
-    monkeypatch.setattr(kernel, "pick_device", lambda *args: "cpu:0")
+    monkeypatch.setattr(frame, "pick_device", lambda *args: "cpu:0")
 
     def on_the_host(model, cfg):                   # its angles are computed there, and then rounded
         mode.host += 1
