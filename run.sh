@@ -100,4 +100,5 @@ run $py 03_dpo.py $at --init $out/02_cot.pt
 run $py 04_rlvr.py $at --init $out/02_cot.pt
 run $py 05_ppo.py $at --init $out/02_cot.pt --reward $out/06_reward.pt
 run $py eval.py --out $out --seed $seed
+run $py report.py $out
 echo "run.sh: $(( $(date +%s) - started )) seconds after install; chat with it: $py chat.py $out/04_rlvr.pt"
