@@ -638,7 +638,8 @@ put("resume-under-other-flags", "an unfinished run is continued under another co
     "kernel.py::test_restore_is_strict")
 
 put("optimizer-not-restored", "a resume begins with fresh moments", "model.py",
-    "opt.load_state_dict({\"state\": state,", "str({\"state\": state,", "resume.py::test_stopped_at_any_step[01_sft]")
+    "opt.load_state_dict({\"state\": state,", "str({\"state\": state,",
+    "resume.py::test_stopped_at_any_step[01_sft]")
 
 put("data-order-not-restored", "a resumed run sees the first batches again", "01_sft.py",
     "sample_rows(len(train), cfg.batch_size, cfg.seed, step)",
