@@ -42,10 +42,10 @@ class Machine:
         return json.loads(self.process.stdout.readline())
 
     def start(self, command, cwd, **options):
-        """`options`: stdin (text, or "closed"), stdout (a file, or "closed", "left", "head"), env,
-        bound (by permissions, also root), limits {"FSIZE": bytes}, umask, strike [signal, function of the kernel, at which
-        call], patch "parity" (rewards that vary, where a tiny model is never right). -> a run to
-        wait for."""
+        """-> a run to wait for. `options`: stdin (text, or "closed"); stdout (a file, or "closed",
+        "left", "head"); env; bound (by permissions, root too); limits {"FSIZE": bytes}; umask;
+        strike [signal, function of the kernel, at which call]; patch "parity" (rewards that vary,
+        where a tiny model is never right)."""
         argv = shlex.split(command) if isinstance(command, str) else list(command)
         self.count += 1
         files = {k: f"{cwd}/../.{os.path.basename(cwd)}.{self.count}.{k}" for k in ("out", "err")}
