@@ -384,8 +384,9 @@ def all_agree(step):
 
 
 def to_width(text):
-    """A line within the terminal's width."""
+    """A line within the terminal's width, and without what would steer the terminal."""
     width = shutil.get_terminal_size((100, 24)).columns
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 

@@ -66,6 +66,7 @@ chain() {                        # text and its tokens, steps, rate and rows of 
   stage 05_ppo $chat --init $out/02_cot.pt --reward $out/06_reward.pt --steps 40 \
     --batch_size 384 --micro_batch 12 --max_new 256 --lr 1e-6
   stage eval $chat --max_new 256
+  run $py report.py $out
 }
 recipe() {
   case $recipe in
