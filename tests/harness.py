@@ -151,7 +151,7 @@ def child(request):
         bound_by_permissions()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.excepthook = sys.__excepthook__
-    for name in ("model", "eval", "tasks", "common", "report"):
+    for name in ("model", "frame", "eval", "tasks", "common", "report"):
         sys.modules.pop(name, None)
     if request.get("patch") == "parity":
         import model
@@ -206,10 +206,11 @@ def streams(request):
 def strike(sign, name, call):
     """Send ourselves a signal when the kernel's function `name` (or os.replace and the like) is
     called for the n-th time."""
+    import frame
     import model
-    holder = os if name.startswith("os.") else model
+    holders = [os] if name.startswith("os.") else [m for m in (model, frame) if hasattr(m, name)]
     name = name.removeprefix("os.")
-    whole, calls = getattr(holder, name), []
+    whole, calls = getattr(holders[0], name), []
 
     def struck(*args, **kwargs):
         calls.append(1)
@@ -217,7 +218,8 @@ def strike(sign, name, call):
             os.kill(os.getpid(), sign)
         return whole(*args, **kwargs)
 
-    setattr(holder, name, functools.wraps(whole)(struck))
+    for holder in holders:
+        setattr(holder, name, functools.wraps(whole)(struck))
 
 
 def execute(script):
