@@ -28,14 +28,12 @@ def last_words(kind, error, trace):
 
 
 sys.excepthook = last_words
-# A Ctrl-C that finds torch half imported would end in an abort.
-before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+# A Ctrl-C that finds torch half imported would end in an abort; model.py puts this one back.
+ON_CTRL_C = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no log of C++ beside our own line
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-
-signal.signal(signal.SIGINT, before)
 
 # ---------------------------------------------------------------------------- files
 

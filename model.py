@@ -16,16 +16,17 @@ and then what serves training:
 
 Files, flags, ranks and the log are in frame.py; the scripts have them from here.
 """
-import hashlib, json, math, os, re, zipfile
+import hashlib, json, math, os, re, signal, zipfile
 from contextlib import nullcontext
 from dataclasses import InitVar, asdict, dataclass, fields
 from decimal import Decimal
 
-from frame import (FIRST, RANGES, SWITCHES, Log, Parser, Progress, all_agree, all_sum,  # noqa: F401
-                   append, begin, believing, cannot_read, cannot_write, check_ranges, claim,
-                   cli, command_for, diverged, fail, file_hashes, init_distributed,
-                   interrupt, interrupted, last_words, parse_json, pick_device, read_bytes,
-                   read_json, release, say, script_of, setup, speaks, to_width, write_text)
+from frame import (FIRST, ON_CTRL_C, RANGES, SWITCHES, Log, Parser, Progress, all_agree,  # noqa: F401
+                   all_sum, append, begin, believing, cannot_read, cannot_write,
+                   check_ranges, claim, cli, command_for, diverged, fail, file_hashes,
+                   init_distributed, interrupt, interrupted, last_words, parse_json,
+                   pick_device, read_bytes, read_json, release, say, script_of, setup,
+                   speaks, to_width, write_text)
 from answers import right
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+signal.signal(signal.SIGINT, ON_CTRL_C)
 
 # ---------------------------------------------------------------------------- GPT
 
