@@ -119,7 +119,7 @@ OTHER_NUMBERS = [(name, flag, number) for name in OTHER for flag, number in re.f
 def test_other_ranges(name, flag, number, machine, tmp_path):
     """The same from the command line; it is the first thing that is looked at."""
     more = dict(re.findall(r'\b(\w+)="([\[(][^"]*[\])])"', (ROOT / "data/common.py").read_text()))
-    text, low, high = span(name.removesuffix(".py"), flag, more)
+    text, low, high = span(name.removesuffix(".py"), flag, more if "/" in name else ())
     kind = float if "." in number else int
     for value in (*just_outside(text, low, high, kind), *(NEVER if kind is float else ())):
         value = kind(value) if math.isfinite(value) and kind is int else value
