@@ -182,7 +182,11 @@ if __name__ == "__main__":
     parser.add_argument("checkpoints", nargs="*", help="default: the newest stage of out/toy")
     parser.add_argument("--prompt", help="answer this and leave")
     parser.add_argument("--raw", action="store_true", help="continue the text, without a template")
-    for flag, default in [("temperature", 0.0), ("top_p", 1.0), ("max_new", 200), ("seed", 0),
-                          ("device", "auto")]:
-        parser.add_argument(f"--{flag}", type=type(default), default=default, help="%(default)s")
+    for flag, default, text in [
+            ("temperature", 0.0, "0: always the likeliest token; 1: the model's own mixture"),
+            ("top_p", 1.0, "draw from the likeliest tokens that have this share together"),
+            ("max_new", 200, "tokens of an answer, at most"), ("seed", 0, "of the draws"),
+            ("device", "auto", "cpu, cuda, mps")]:
+        parser.add_argument(f"--{flag}", type=type(default), default=default,
+                            help=f"{text} (%(default)s)")
     main(parser.parse_args())

@@ -215,7 +215,8 @@ if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="+")
     for kind in TASKS:
-        parser.add_argument(f"--{kind}", nargs="+", default=[], metavar="FILE")
+        parser.add_argument(f"--{kind}", nargs="+", default=[], metavar="FILE",
+                            help=f"files for {kind}: see above")
     for flag, default, what in [
             ("out", "out/tasks.json", "results"), ("limit", 0, "rows or windows a file; 0: all"),
             ("batch_size", 16, "requests at once"), ("device", "auto", "cpu, cuda, mps")]:

@@ -17,9 +17,9 @@ import json
 import os
 from pathlib import Path
 
+from common import write_json          # first: its hook says Ctrl-C
 import numpy as np
 import torch
-from common import write_json
 from model import cannot_write, fail
 
 NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",

@@ -13,9 +13,10 @@ NUMBERS = [(name, field) for name in SCRIPTS for field in re.findall(
     r"(?m)^    (\w+): (?:int|float) = ", (ROOT / f"{name}.py").read_text())]
 
 
-def span(name, field):
+def span(name, field, more=()):
     """-> text, low, high of the field's range in this script; a field without one has none."""
-    text = kernel.RANGES.get(f"{stem(name)}.{field}") or kernel.RANGES[field]
+    ranges = {**kernel.RANGES, **dict(more)}
+    text = ranges.get(f"{stem(name)}.{field}") or ranges[field]
     found = re.fullmatch(r"([\[(])(\S+), (\S+)([\])])", text)
     assert found, f"{field}: {text} is no range"
     return text, float(found[2]), float(found[3])
@@ -108,22 +109,21 @@ def test_seeds_are_seeds():
 
 
 # The numbers of the scripts that have no Config: (script, its arguments, flag).
-LATER = {"chat.py": "a.pt", "eval.py": "", "tasks.py": "a.pt", "data/within_reach.py": "a.pt"}
-WAITING = {name for name in LATER if "check_ranges" not in (ROOT / name).read_text()}
-WAITING |= {"data/messages.py"} if WAITING else set()
-OTHER_NUMBERS = [(name, flag, number) for name in LATER for flag, number in re.findall(
+OTHER = {"chat.py": "a.pt", "eval.py": "", "tasks.py": "a.pt", "data/within_reach.py": "a.pt",
+         "data/text.py": "a.txt"}
+OTHER_NUMBERS = [(name, flag, number) for name in OTHER for flag, number in re.findall(
     r'\("(\w+)", (-?\d[\d.]*(?: \*\* \d+)?), "', (ROOT / name).read_text())]
 
 
 @pytest.mark.parametrize("name, flag, number", OTHER_NUMBERS)
 def test_other_ranges(name, flag, number, machine, tmp_path):
     """The same from the command line; it is the first thing that is looked at."""
-    if name in WAITING:
-        pytest.skip("waits for its branch")
-    text, low, high = span(name.removesuffix(".py"), flag)
+    more = dict(re.findall(r'\b(\w+)="([\[(][^"]*[\])])"', (ROOT / "data/common.py").read_text()))
+    text, low, high = span(name.removesuffix(".py"), flag, more if "/" in name else ())
     kind = float if "." in number else int
     for value in (*just_outside(text, low, high, kind), *(NEVER if kind is float else ())):
-        done = machine.run(f"{name} {LATER[name]} --{flag} {value}", tmp_path)
+        value = kind(value) if math.isfinite(value) and kind is int else value
+        done = machine.run(f"{name} {OTHER[name]} --{flag}={value}", tmp_path)
         assert done.code == 2 and done.err.count("\n") == 1, done.err
         assert re.match(rf"error: --{flag} must lie in {re.escape(text)}, not ", done.err), done.err
 
@@ -162,8 +162,6 @@ def test_help_of_a_stage(name, machine, stages, tmp_path):
 @pytest.mark.parametrize("name", [x for x in OTHERS if (ROOT / x).exists()])
 def test_help_of_the_others(name, machine, tmp_path):
     """Every flag has words of its own."""
-    if name in WAITING:
-        pytest.skip("waits for its branch")
     done = machine.run([name, "--help"], tmp_path, env={"COLUMNS": "500"})
     assert done.code == 0 and done.err == "", done
     for flag, text in entries(done.out).items():
