@@ -723,7 +723,9 @@ def encode_rows(rows, path, encode, block_size):
         say(f"{path}: {dropped} of {len(rows)} rows are longer than the context of {block_size} "
             "tokens and were dropped")
     if not kept:
-        fail(f"{path}: no row fits the context of {block_size} tokens; use a longer one")
+        fail(f"{path}: no row fits the context of {block_size} tokens; use a longer one"
+             if block_size > 0 else
+             f"{path}: no row fits the context, in which --max_new leaves no room: lower it")
     return kept
 
 
