@@ -107,4 +107,7 @@ def main():
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(f"error: it takes no arguments, not {sys.argv[1]}", file=sys.stderr)
+        sys.exit(2)
     main()

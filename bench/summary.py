@@ -87,4 +87,7 @@ def readme():
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(f"error: it takes no arguments, not {sys.argv[1]}", file=sys.stderr)
+        sys.exit(2)
     (ROOT / "README.md").write_text(readme())
