@@ -309,6 +309,7 @@ def init_distributed(device):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         atexit.register(dist.destroy_process_group)    # its threads must end before Python does
+        all_sum(here=1)        # all are connected before one may leave with a line of its own
     interrupt.seen = 0.0
     interrupt.parent = os.getppid() if world > 1 or os.environ.get("SKIP_DONE") else 0
     if threading.current_thread() is threading.main_thread():

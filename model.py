@@ -998,8 +998,11 @@ def restore(path, cfg, modules, optimizers):
             raise ValueError(f"step {step!r} of {cfg.steps}")
         for name, module in modules.items():
             load_strict(module, parts[name], path)
-        for opt, saved in zip(optimizers, parts["optimizers"], strict=True):
-            load_optimizer(opt, saved["state"])
+        states = [saved["state"] for saved in parts["optimizers"]]
+        if len(states) != len(optimizers):
+            raise ValueError(f"{len(states)} optimizer states, not {len(optimizers)}")
+        for opt, state in zip(optimizers, states):
+            load_optimizer(opt, state)
     return step
 
 
@@ -1010,11 +1013,11 @@ def load_optimizer(opt, state):
     names = {"momentum_buffer"} if type(opt) is torch.optim.Muon else {
         "step", "exp_avg", "exp_avg_sq"}
     if sorted(state) != list(range(len(weights))):
-        raise ValueError("other weights have a state of the optimizer")
+        raise ValueError("the optimizer state is one of other weights")
     for i, of in state.items():
         if set(of) != names or not all(v.shape in (weights[i].shape, ()) and v.is_floating_point()
                                        and finite(v) for v in of.values()):
-            raise ValueError(f"the optimizer's state of weight {i}")
+            raise ValueError(f"the optimizer state of weight {i} does not fit")
         state[i] = {k: shard_like(v, weights[i]) for k, v in of.items()}
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
