@@ -208,7 +208,9 @@ RANGES = {
     "vf_coef": "[0, 100]", "chat.temperature": "[0, 100]", "top_p": "(0, 1]",
     "n_greedy": "[1, 1e9]", "n_many": "[1, 1e9]", "n_primed": "[1, 1e9]", "n_sampled": "[1, 1e9]",
     "samples": "[1, 1e4]", "val_tokens": "[2, 1e12]", "limit": "[0, 1e9]", "jobs": "[1, 1000]",
-    "chars": "[1, 1e9]", "questions": "[1, 1e6]", "show": "[0, 1e6]"}
+    "chars": "[1, 1e9]", "questions": "[1, 1e6]", "show": "[0, 1e6]", "val_share": "(0, 1)",
+    "test_share": "[0, 1)", "tokens": "[0, 1e15]", "workers": "[0, 1024]", "want": "[0, 1e9]",
+    "within_reach.samples": "[2, 1e4]"}     # of one sample none is sometimes right
 
 
 def check_ranges(values, script="", where="--"):

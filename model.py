@@ -21,8 +21,8 @@ from contextlib import nullcontext
 from dataclasses import InitVar, asdict, dataclass, fields
 from decimal import Decimal
 
-from frame import (FIRST, ON_CTRL_C, RANGES, SWITCHES, Log, Parser, Progress, all_agree,  # noqa: F401
-                   all_sum, append, begin, believing, cannot_read, cannot_write,
+from frame import (FIRST, ON_CTRL_C, RANGES, SWITCHES, Log, Parser, Progress,  # noqa: F401
+                   all_agree, all_sum, append, begin, believing, cannot_read, cannot_write,
                    check_ranges, claim, cli, command_for, diverged, fail, file_hashes,
                    init_distributed, interrupt, interrupted, last_words, parse_json,
                    pick_device, read_bytes, read_json, release, say, script_of, setup,

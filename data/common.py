@@ -35,7 +35,7 @@ from contextlib import contextmanager, suppress  # noqa: E402
 
 import numpy as np  # noqa: E402
 
-from model import (RANGES, Tokenizer, cannot_read, cannot_write, fail,  # noqa: E402
+from model import (Tokenizer, cannot_read, cannot_write, fail,  # noqa: E402
                    load_tokenizer, make_tokenizer, parse_json, read_checkpoint, say,
                    write_text)
 
@@ -510,10 +510,6 @@ def find_tokenizer(name):
 
 
 # ---------------------------------------------------------------------------- command line
-
-RANGES.update(val_share="(0, 1)", test_share="[0, 1)", tokens="[0, 1e15]", workers="[0, 1024]",
-              want="[0, 1e9]", samples="[2, 1e4]")     # of one sample none is sometimes right
-
 
 def add_flags(parser, *flags):
     """(name, default, help) each; the default's type is the flag's."""
