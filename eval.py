@@ -139,11 +139,7 @@ def questions(args, model, tokenizer, name):
     rows = read_rows(path, *FILES[name])
     rows = [dict(row, id=i, steps=steps(row)) for i, row in enumerate(rows)]
 
-    def encode(row):
-        if name == "chat_test.jsonl" and not isinstance(row["completion"], str):
-            raise ValueError("its completion is no text")
-        return [(tokenizer.prompt(row["prompt"], "<think>"), row)]
-
+    encode = lambda row: [(tokenizer.prompt(row["prompt"], "<think>"), row)]
     return [row for [(_, row)] in encode_rows(rows, path, encode, model.cfg.block_size - 1)]
 
 

@@ -24,13 +24,13 @@ def perplexity(logits, ids):
 
 @torch.no_grad()
 def main(args):
+    check_ranges(vars(args), "beside_transformers")
+    if not os.path.isdir(args.folder):                 # else it would be looked for on the Hub
+        fail(f"{args.folder} is no folder: give one that transformers reads")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         fail("transformers is not installed: pip install -r requirements-test.txt")
-    check_ranges(vars(args), "beside_transformers")
-    if not os.path.isdir(args.folder):                 # else it would be looked for on the Hub
-        fail(f"{args.folder} is no folder: give one that transformers reads")
     try:
         text = read_bytes(args.text).decode()[:args.chars]
     except ValueError as e:

@@ -21,6 +21,7 @@ from common import (NewSet, about_ids, add_flags, add_tokenizer, draw, find_file
 from model import (Parser, Progress, Tokenizer, cannot_write, check_ranges, fail, parse_json, say,
                    write_text)
 
+import gc
 import json
 import os
 import re
@@ -272,6 +273,7 @@ def run(args, source, state, tokenizer, workers):
     width = id_type(tokenizer.vocab_size)().itemsize
     files, count = open_parts(args.out, state, width), Counter(state["count"])
     progress, saved = reporter(args, count), 0.0
+    gc.collect()       # an earlier pool's remains, collected in a forked worker, would stop it
     pool = ProcessPoolExecutor(workers, initializer=start_worker,
                                initargs=(tokenizer.spec, args.val_share, os.getpid()))
     try:

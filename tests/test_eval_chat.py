@@ -326,7 +326,8 @@ def test_the_shoot_out_asks_the_same(world, tmp_path, monkeypatch):
 def test_a_completion_that_is_no_text(world, tmp_path, refuses):
     (tmp_path / "chat_test.jsonl").write_text('{"prompt": "a", "completion": ["b"]}\n')
     stage = evaluation.open_stage(ask_args(tmp_path), world[0] / "02_cot.pt")
-    refuses(lambda: evaluation.chat(ask_args(tmp_path), stage), "line 1: its completion is no text")
+    refuses(lambda: evaluation.chat(ask_args(tmp_path), stage),
+            "line 1: completion: turn 1: its role is none")
 
 
 def leaves(f, code):

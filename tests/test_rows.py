@@ -190,7 +190,7 @@ def as_stage(path, keys):
     (SFT, {"messages": [U, A, A]}, "follows another of its turns"),
     (SFT, {"messages": "hello"}, "turns are a text, or a list"),
     (SFT, {"messages": False}, "turns are a text, or a list"),
-    (SFT, {"messages": {}, "prompt": "Hi"}, "completion: turns are a text"),
+    (SFT, {"messages": {}, "prompt": "Hi"}, "no 'messages or completion', or empty"),
     (SFT, {"messages": [U, A], "system": "Be brief."}, "no stage uses 'system'"),
     (SFT, {"messages": [U, A], "tools": ["f"]}, "no stage uses 'tools'"),
     (SFT, {"prompt": "Hi", "completion": "Yes", "input": "x"}, "no stage uses 'input'"),

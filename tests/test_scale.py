@@ -175,7 +175,7 @@ def test_dry_run(recipe, parameters, stages, monkeypatch):
     made = {Path(script).stem: args for script, args in commands(said)}
     assert list(made) == ["text", "alpaca", "dolly", "gsm8k", "hh", "ultrafeedback", "mix",
                           "00_pretrain", "01_sft", "02_cot", "06_reward", "03_dpo", "04_rlvr",
-                          "05_ppo", "eval"]
+                          "05_ppo", "eval", "report"]
     assert len(re.findall("M tokens, .* GB a GPU, .* min", said)) == 8
     assert f"{parameters} M parameters" in said
     for name in STAGES:
@@ -216,13 +216,14 @@ def test_recipe(stages, sources, bpe, tmp_path, monkeypatch, script):
             monkeypatch.setattr(sys, "argv", [name, *args, *tiny])
             run(stages[stem], stages[stem].cli(stages[stem].Config))
             assert len(steps_of(f"{tmp_path}/out/406m/{stem}.jsonl")) == 2
+        else:
+            few = "--max_new 4 --n_greedy 2 --n_many 2 --n_primed 2 --n_sampled 2".split()
+            done = subprocess.run([sys.executable, str(ROOT / name), *args,
+                                   *few * (stem == "eval")], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
     assert {"sft_train.jsonl", "cot_train.jsonl", "pairs_train.jsonl", "rl_train.jsonl",
             "rl_test.jsonl"} <= {path.name for path in (tmp_path / "out/data/chat").iterdir()}
-    done = subprocess.run([sys.executable, str(ROOT / name), *args, "--max_new", "4", "--n_greedy",
-                           "2", "--n_many", "2", "--n_primed", "2", "--n_sampled", "2"],
-                          capture_output=True, text=True)
-    assert name == "eval.py" and done.returncode == 0, done.stderr
-    assert (tmp_path / "out/406m/results.json").is_file()
+    assert {"results.json", "rl.png"} <= {path.name for path in (tmp_path / "out/406m").iterdir()}
 
 
 def test_run_sh_without_a_gpu(tmp_path):
