@@ -144,7 +144,8 @@ def test_row_that_is_no_object(bad, own, refuses):
     {"messages": [{"role": "user", "content": None}]},
     {"messages": {"role": "user", "content": "x"}},
     {"prompt": "é", "completion": "x"},
-    {"messages": [{"role": "user", "content": "only a question"}]}])
+    {"messages": [{"role": "user", "content": "only a question"}]},
+    {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}])
 def test_row_of_the_wrong_form(bad, own, refuses):
     stage, cfg, path = own("01_sft")
     edit(path, 4, lambda row: bad)
