@@ -233,13 +233,11 @@ def update(cfg, step, ddp, optimizers, batches, objective):
             with autocast(batch[0].device):
                 loss, count, metrics = objective(*batch)
             loss.backward()
-        metrics |= {"loss": loss.detach(), "count": count}
-        total.update({k: float(v) for k, v in metrics.items()})
+        total.update(metrics | {"loss": loss.detach(), "count": count})    # no wait for the device
     total = all_sum(**total)
     count = max(total.pop("count"), 1)
     weights = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
-    for p in weights:
-        p.grad.mul_(world / count)         # DDP averaged over the ranks: make it a sum again
+    torch._foreach_mul_([p.grad for p in weights], world / count)    # DDP averaged: a sum again
     norm = float(nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf))
     if not math.isfinite(total["loss"] + norm):
         diverged(cfg, step + 1, f"loss {total['loss'] / count:.4g}, gradient norm {norm:.4g}")

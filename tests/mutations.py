@@ -283,7 +283,7 @@ put("mean-of-means", "the mean of micro-batch means: short completions weigh mor
     "losses.py::test_sft_counts_completion_tokens_alone", "stages.py::test_micro_batches[01_sft]")
 
 put("never-divided", "gradients of sums are clipped and applied as if they were means",
-    "01_sft.py", "p.grad.mul_(world / count)", "p.grad.mul_(world)",
+    "01_sft.py", "for p in weights], world / count)", "for p in weights], world)",
     "gaps.py::test_gradient_of_a_step[01_sft]")
 
 put("target-not-shifted", "each token predicts itself: a loss that falls and teaches nothing",
@@ -690,7 +690,7 @@ put("counts-of-one-rank", "each rank divides by its own count: a mean of means o
     "ranks.py::test_first_gradient[01_sft-2]")
 
 put("divided-twice", "the sum over ranks is divided by their number as well", "02_cot.py",
-    "p.grad.mul_(world / count)", "p.grad.mul_(1 / count)",
+    "for p in weights], world / count)", "for p in weights], 1 / count)",
     "ranks.py::test_first_gradient[02_cot-2]")
 
 put("head-by-rank", "a head that each rank draws for itself, after the wrapper made them equal",
