@@ -42,6 +42,7 @@ class Config:
     micro_batch: int = 64       # rows a rank holds at once
     lr: float = 4e-3            # AdamW: embeddings, norms, biases
     muon_lr: float = 0.03       # Muon: the blocks' matrices; 0 gives them to AdamW
+    weight_decay: float = 0.0   # of matrices, by AdamW and Muon; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
     eval_every: int = 100       # steps between evaluations
@@ -88,7 +89,7 @@ def main(cfg):
         tokenizer.vocab_size                           # large tables are faster at multiples of 64
     model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).to(device)
     ddp = wrap(model)
-    optimizers = make_optimizers([model], cfg.lr, cfg.muon_lr)
+    optimizers = make_optimizers([model], cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay)
     first, log = resume(cfg, {"model": model}, optimizers, tokens=len(train))
 
     def objective(ids):
@@ -109,8 +110,8 @@ def main(cfg):
 
 @torch.no_grad()
 def evaluate(cfg, model, val, rank, world, device):
-    """Loss a token on held-out text, in 2,560 consecutive windows, sharded over ranks."""
-    starts = range(0, len(val) - cfg.window, cfg.window)[:2560]
+    """Loss a token on held-out text, in 768 consecutive windows, sharded over ranks."""
+    starts = range(0, len(val) - cfg.window, cfg.window)[:768]
     rows = [val[i : i + cfg.window + 1].astype(np.int64) for i in starts]
     total = Counter(loss=0.0, count=0)
     for part in split(rows, cfg.micro_batch, rank, world):

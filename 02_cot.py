@@ -32,6 +32,7 @@ class Config:
     micro_batch: int = 16       # rows a rank holds at once
     lr: float = 2e-3            # AdamW: embeddings, norms, biases
     muon_lr: float = 0.02       # Muon: the blocks' matrices; 0 gives them to AdamW
+    weight_decay: float = 0.0   # of matrices, by AdamW and Muon; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
     eval_every: int = 100       # steps between evaluations
@@ -82,7 +83,7 @@ def main(cfg):
     model, tokenizer, _ = load(cfg.init, device)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
-    optimizers = make_optimizers([model], cfg.lr, cfg.muon_lr)
+    optimizers = make_optimizers([model], cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay)
     first, log = resume(cfg, {"model": model}, optimizers, rows=len(train))
 
     def objective(ids, completion_mask):

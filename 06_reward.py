@@ -12,8 +12,9 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, load, make_optimizers,
-                   pad, read_rows, resume, sample_rows, save_checkpoint, setup, wrap)
+from model import (all_sum, at_least_fp32, autocast, by_length, cli, diverged, encode_rows, load,
+                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
+                   wrap)
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,9 +33,10 @@ class Config:
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 16       # pairs a rank holds at once
     lr: float = 1e-3            # AdamW's learning rate
+    weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
-    eval_every: int = 50        # steps between evaluations
+    eval_every: int = 100       # steps between evaluations
     save_every: int = 50        # steps between saves of an unfinished run
     seed: int = 0               # of weights, order and samples
     device: str = "auto"        # auto: cuda, then mps, then cpu
@@ -44,15 +46,10 @@ class Config:
 
 
 def encode(tokenizer, row):
-    """{"prompt", "chosen", "rejected"}, strings or messages -> [(ids, completion_mask)] x 2.
+    """{"prompt", "chosen", "rejected"} -> [(ids, completion_mask)] x 2.
 
     Only the last turn is compared: earlier assistant turns belong to the prompt."""
-    pairs = []
-    for key in ("chosen", "rejected"):
-        answer = row[key] if isinstance(row[key], str) else row[key][-1]["content"]
-        prompt = tokenizer.prompt(row["prompt"])
-        completion = tokenizer.encode_completion(answer) + [tokenizer.end]
-        pairs.append((prompt + completion, [0] * len(prompt) + [1] * len(completion)))
+    pairs = [tokenizer.answered(row["prompt"], row[key]) for key in ("chosen", "rejected")]
     if pairs[0] == pairs[1]:
         raise ValueError("chosen and rejected are the same: nothing to learn")
     return pairs
@@ -88,8 +85,9 @@ class RewardModel(nn.Module):
     def forward(self, ids, completion_mask):
         T = ids.shape[1]
         last = T - 1 - completion_mask.flip(1).argmax(1)     # by the mask, whatever the padding is
-        hidden = self.model.forward_hidden(ids)
-        return self.head(hidden[torch.arange(len(ids), device=ids.device), last])[:, 0]
+        hidden = self.model.forward_hidden(ids)[torch.arange(len(ids), device=ids.device), last]
+        # Not head(hidden): autocast would round the scores to bf16, where near ones are equal.
+        return (at_least_fp32(hidden) * self.head.weight).sum(-1) + self.head.bias
 
 
 def reward_loss(scores):
@@ -110,7 +108,7 @@ def main(cfg):
     scorer = RewardModel(model).to(device)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(scorer)
-    optimizers = make_optimizers([scorer], cfg.lr)
+    optimizers = make_optimizers([scorer], cfg.lr, weight_decay=cfg.weight_decay)
     modules = {"model": model, "head": scorer.head}
     first, log = resume(cfg, modules, optimizers, pairs=len(train))
 

@@ -547,6 +547,13 @@ class Tokenizer:
             raise ValueError("the prompt ends with the assistant's turn: nothing is left to say")
         return self.chat(messages)[0] + self.encode_completion(primer)
 
+    def answered(self, prompt, completion):
+        """A prompt and its answer -> ids, completion_mask: as `chat`, but 1 on this last turn,
+        and 0 on the assistant's earlier ones."""
+        n = len(self.prompt(prompt))
+        ids, _ = self.chat([*turns(prompt), {"role": "assistant", "content": completion}])
+        return ids, [0] * n + [1] * (len(ids) - n)
+
 
 def as_control(spec):
     """spec -> its tokenizer.json, with every added token that is a <tag> or stands in the template
@@ -667,13 +674,22 @@ def understood(row, keys):
     checked(turns(row.get("prompt")))
     if "answer" in keys:
         return row | {"answer": answer_of(row["answer"])}
-    return row | {key: last_turn(row.get(key), row["prompt"], key)
-                  for key in ("completion", "chosen", "rejected") if key in keys}
+    return row | {key: last_turn(row[key], row["prompt"], key) for key in
+                  ("completion", "chosen", "rejected") if key in keys and row.get(key) is not None}
 
 
 def false_label(row):
     """Rows for KTO say with `label` (or kto_tag) whether the completion is a good one."""
     return any(str(row.get(k)).lower() in ("false", "0", "0.0", "-1") for k in ("label", "kto_tag"))
+
+
+def label_of(row):
+    """The same as 1 or 0, of a row that must say it."""
+    said = {str(row[k]).lower() for k in ("label", "kto_tag") if row.get(k) is not None}
+    bad = false_label(row)
+    if not said or said - {"true", "1", "1.0"} and not bad or bad and said & {"true", "1", "1.0"}:
+        raise ValueError(f"its label is true or false, not {', '.join(sorted(said))[:40] or None}")
+    return int(not bad)
 
 
 def answer_of(value):
@@ -715,7 +731,7 @@ def encode_rows(rows, path, encode, block_size):
         except (ValueError, KeyError, TypeError) as e:
             what = e if isinstance(e, ValueError) else f"not in the format: {e!r}"
             fail(f"{path}, line {row['line']}: {what}")
-        if max(len(ids) for ids, _ in items) > block_size:
+        if max(len(ids) for ids, *_ in items) > block_size:
             dropped += 1
         else:
             kept.append(items)

@@ -41,6 +41,7 @@ trap 'leave 143' TERM HUP
 
 # ---------------------------------------------------------------------------- on GPUs
 # Rows a step are divided among 1, 2, 3, 4, 6, 8, 12 or 24 GPUs; --micro_batch bounds the memory.
+# Decay is for pretraining: the later rates are so small that 0.1 would take 0.3 % off a weight.
 
 stage() {
   run .venv/bin/torchrun --standalone --nproc_per_node=$gpus $1.py --out $out --seed $seed "${@:2}"
@@ -51,8 +52,8 @@ chain() {                        # text and its tokens, steps, rate and rows of 
   run $py data/mix.py out/data/{alpaca,dolly,gsm8k,hh,ultrafeedback} --out out/data/chat
   chat="--data out/data/chat"
   stage 00_pretrain --data out/data/$1 ${*:6} --position learned --block_size 1024 --window 1024 \
-    --steps $3 --batch_size 480 --micro_batch $5 --lr $4 --muon_lr 0 --warmup 300 \
-    --eval_every 250 --save_every 250 --compile 1
+    --steps $3 --batch_size 480 --micro_batch $5 --lr $4 --muon_lr 0 --weight_decay 0.1 \
+    --warmup 300 --eval_every 250 --save_every 250 --compile 1
   stage 01_sft $chat --init $out/00_pretrain.pt --steps 1100 --batch_size 192 --micro_batch 6 \
     --lr 5e-5 --muon_lr 0 --warmup 50
   stage 02_cot $chat --init $out/01_sft.pt --steps 220 --batch_size 96 --micro_batch 6 \

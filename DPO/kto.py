@@ -1,13 +1,16 @@
 """kto.py: pairs are rare, thumbs are not; each completion alone is desirable or undesirable.
 
     reward(x, y) = log p(y | x) - log p_ref(y | x)                implicit, summed over y's tokens
-    kl = max(0, mean of reward(x_i, y_{i+1}))                     of mismatched rows; a constant
+    kl = max(0, mean of reward(x_i, y_j))                         of mismatched rows; a constant
     loss = mean over rows of lam_d * (1 - sigmoid(beta * (reward - kl)))        where desirable,
                              lam_u * (1 - sigmoid(beta * (kl - reward)))        where undesirable
 
-KTO (Ethayarajh et al. 2024, eq. 8). A pair is read as two rows that do not know of each other.
-Against 03_dpo.py: each completion is compared with the batch's kl, not with another; the sections
-that differ: config, data, loss, training.
+KTO (Ethayarajh et al. 2024, eq. 8 at ICML, eq. 7 in arXiv v1). Rows {"prompt", "completion",
+"label"}; a pair is read as two that do not know of each other. With n_d desirable rows and n_u
+others, the paper wants lam_d n_d / (lam_u n_u) in [1, 4/3], eq. 9, and 2 to 10 times DPO's rate.
+Its y_j is of the next row in the batch; here, of the next in the file that has another prompt.
+Against 03_dpo.py: each completion is compared with kl, not with another; the sections that differ:
+config, data, loss, training, evaluation.
     torchrun --nproc_per_node=4 DPO/kto.py --lam_d 1.3
 """
 import math, os
@@ -16,8 +19,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, load, make_optimizers,
-                   pad, read_rows, resume, sample_rows, save_checkpoint, setup, shift, split, wrap)
+from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, fail, label_of, load,
+                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
+                   shift, wrap)
 import torch
 from torch import nn
 
@@ -32,15 +36,16 @@ class Config:
     val: str = "pairs_val.jsonl"  # its file to evaluate on
     out: str = "out/toy"        # folder for the checkpoint and the log
     steps: int = 120            # optimizer steps
-    batch_size: int = 32        # pairs a step, over all ranks
-    micro_batch: int = 16       # pairs a rank holds at once
+    batch_size: int = 64        # rows a step, over all ranks; a pair has two
+    micro_batch: int = 32       # rows a rank holds at once
     beta: float = 0.5           # how soon value saturates away from the reference
     lam_d: float = 1.0          # weight of desirable rows
     lam_u: float = 1.0          # weight of undesirable rows
     lr: float = 3e-5            # AdamW's learning rate
+    weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
-    eval_every: int = 50        # steps between evaluations
+    eval_every: int = 120       # steps between evaluations
     save_every: int = 50        # steps between saves of an unfinished run
     seed: int = 0               # of weights, order and samples
     device: str = "auto"        # auto: cuda, then mps, then cpu
@@ -50,72 +55,70 @@ class Config:
 
 
 def encode(tokenizer, row):
-    """{"prompt", "chosen", "rejected"}, strings or messages -> [(ids, completion_mask)] x 2.
+    """{"prompt", "completion", "label"} -> [(ids, completion_mask, 1 or 0)], a pair -> two of them.
 
     Only the last turn is compared: earlier assistant turns belong to the prompt."""
-    pairs = []
-    for key in ("chosen", "rejected"):
-        answer = row[key] if isinstance(row[key], str) else row[key][-1]["content"]
-        prompt = tokenizer.prompt(row["prompt"])
-        completion = tokenizer.encode_completion(answer) + [tokenizer.end]
-        pairs.append((prompt + completion, [0] * len(prompt) + [1] * len(completion)))
+    if row.get("chosen") is None:
+        return [(*tokenizer.answered(row["prompt"], row["completion"]), label_of(row))]
+    if any(row.get(key) is not None for key in ("completion", "label", "kto_tag")):
+        raise ValueError("a row is a pair, or a completion with its label, and not both")
+    pairs = [tokenizer.answered(row["prompt"], row[key]) for key in ("chosen", "rejected")]
     if pairs[0] == pairs[1]:
         raise ValueError("chosen and rejected are the same: nothing to learn")
-    return pairs
+    return [(*pair, label) for pair, label in zip(pairs, (1, 0))]
 
 
 def read(cfg, name, tokenizer, model):
     path = f"{cfg.data}/{name}"
-    rows = read_rows(path, "prompt", "chosen", "rejected")
+    rows = read_rows(path, "prompt", "chosen|completion", "rejected|label|kto_tag")
     return encode_rows(rows, path, lambda row: encode(tokenizer, row), model.cfg.block_size)
 
 
 def collate(rows, device):
-    """[[chosen, rejected]] -> ids (2B, T), completion_mask (2B, T): all chosen, then all rejected,
-    so that one forward pass scores both at the same padding."""
-    ids, masks = zip(*[row[side] for side in (0, 1) for row in rows])
-    return pad(ids, device), pad(masks, device)
+    """[(ids, completion_mask, label)] -> ids (B, T), completion_mask (B, T), desirable (B,)."""
+    ids, masks, labels = zip(*rows)
+    return pad(ids, device), pad(masks, device), torch.tensor(labels, device=device)
 
 
-def mismatch(rows, block_size):
-    """Each prompt before the next row's completions, cut at the context's edge. Of the whole batch,
-    in its order: of one rank's or micro-batch's rows, their number would change the result."""
-    def splice(side, other):
-        n, m = side[1].index(1), other[1].index(1)
-        return tuple((a[:n] + b[m:])[:block_size] for a, b in zip(side, other))
-
-    return [[splice(*sides) for sides in zip(*pair)] for pair in zip(rows, rows[1:] + rows[:1])]
+def mismatch(rows, block_size, path):
+    """For each row its prompt before the completion of the next row, round and round, that has
+    another prompt; cut at the context's edge. Of a whole file, in its order: of one batch's, rank's
+    or micro-batch's rows, their number would change the result, and one row has no other."""
+    split = [(ids[: mask.index(1)], ids[mask.index(1) :]) for ids, mask, _ in rows]
+    n, other = len(rows), [None] * len(rows)
+    for i in reversed(range(2 * n)):                # twice: the last row's may be among the first
+        a, b = i % n, (i + 1) % n
+        other[a] = b if split[a][0] != split[b][0] else other[b]
+    if None in other:
+        fail(f"all rows of {path} have one prompt: kl needs completions of other prompts")
+    mixed = [(split[a][0], split[b][1]) for a, b in enumerate(other)]
+    return [((x + y)[:block_size], ([0] * len(x) + [1] * len(y))[:block_size], 0) for x, y in mixed]
 
 
 # ---------------------------------------------------------------------------- loss
 
 
-def kto_loss(logprobs, ref_logprobs, completion_mask, kl, beta, lam_d, lam_u):
-    """(2B, T-1) thrice -> sum over pairs of the mean of their two rows, their number, metrics. At
-    the first step every sigmoid is 1/2. Margins and accuracy are for the reader: no row sees the
-    other. The gradient vanishes for rows already settled and for hopeless ones."""
-    sums = (logprobs * completion_mask).sum(1)
-    rewards = sums - (ref_logprobs * completion_mask).sum(1)
-    chosen, rejected = rewards.chunk(2)
-    margins = chosen - rejected
-    chosen_logprobs, rejected_logprobs = sums.detach().chunk(2)      # both usually fall: watch them
-    losses = (lam_d * torch.sigmoid(beta * (kl - chosen))           # 1 - sigmoid(x) = sigmoid(-x)
-              + lam_u * torch.sigmoid(beta * (rejected - kl)))
-    return losses.sum() / 2, len(margins), {
-        "margins": margins.detach().sum(), "accuracy": (margins > 0).sum(),
-        "chosen_logprobs": chosen_logprobs.sum(), "rejected_logprobs": rejected_logprobs.sum()}
+def kto_loss(logprobs, ref_logprobs, completion_mask, desirable, kl, beta, lam_d, lam_u):
+    """(B, T-1) thrice, (B,) -> sum over rows, their number, metrics: how far a row is on its own
+    side of kl, and how many are. At the first step every sigmoid is 1/2. The gradient vanishes for
+    rows already settled and for hopeless ones."""
+    rewards = ((logprobs - ref_logprobs) * completion_mask).sum(1)
+    above = (2 * desirable - 1) * (rewards - kl)
+    weights = lam_d * desirable + lam_u * (1 - desirable)
+    losses = weights * torch.sigmoid(-beta * above)                 # 1 - sigmoid(x) = sigmoid(-x)
+    return losses.sum(), len(losses), {"above": above.detach().sum(), "right": (above > 0).sum()}
 
 
 @torch.no_grad()
-def baseline(cfg, model, ref, rows, rank, world, device):
+def baseline(cfg, model, ref, mixed, rank, world, device):
     """kl, over the rows of all ranks: how far the policy has moved on unrelated completions.
-    (Matched rows were pushed, chosen and rejected apart: their mean says nothing of that.)"""
+    (Matched rows were pushed, good and bad apart: their mean says nothing of that.)"""
     gap = 0.0
-    for b in split(mismatch(rows, model.cfg.block_size), cfg.micro_batch, rank, world):
-        ids, targets, mask = shift(*collate(b, device))
+    for b in by_length(mixed, cfg.micro_batch, rank, world):
+        ids, targets, mask = shift(*collate(b, device)[:2])
         with autocast(device):
             gap += float(((model(ids, targets) - ref(ids, targets)) * mask).sum())
-    return max(0.0, all_sum(gap=gap)["gap"] / (2 * len(rows)))
+    return max(0.0, all_sum(gap=gap)["gap"] / len(mixed))
 
 
 # ---------------------------------------------------------------------------- training
@@ -126,26 +129,31 @@ def main(cfg):
     model, tokenizer, _ = load(cfg.init, device)
     ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
+    train = sum(train, [])                          # the two rows of a pair fall apart
+    mixed, val_mixed = (mismatch(rows, model.cfg.block_size, f"{cfg.data}/{name}") for rows, name in
+                        ((train, cfg.train), (sum(val, []), cfg.val)))
     ddp = wrap(model)
-    optimizers = make_optimizers([model], cfg.lr)
-    first, log = resume(cfg, {"model": model}, optimizers, pairs=len(train))
+    optimizers = make_optimizers([model], cfg.lr, weight_decay=cfg.weight_decay)
+    first, log = resume(cfg, {"model": model}, optimizers, rows=len(train),
+                        desirable=sum(label for *_, label in train))
 
-    def objective(kl, ids, completion_mask, policy=ddp):
+    def objective(kl, ids, completion_mask, desirable, policy=ddp):
         ids, targets, mask = shift(ids, completion_mask)
         with torch.no_grad():
             ref_logprobs = ref(ids, targets)
-        return kto_loss(policy(ids, targets), ref_logprobs, mask, kl, cfg.beta, cfg.lam_d,
-                        cfg.lam_u)
+        return kto_loss(policy(ids, targets), ref_logprobs, mask, desirable, kl, cfg.beta,
+                        cfg.lam_d, cfg.lam_u)
 
     for step in range(first, cfg.steps):
-        rows = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
-        kl = baseline(cfg, model, ref, rows, rank, world, device)   # one for all micro-batches
+        at = sample_rows(len(train), cfg.batch_size, cfg.seed, step)
+        rows = [train[i] for i in at]
+        kl = baseline(cfg, model, ref, [mixed[i] for i in at], rank, world, device)
         batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
         metrics = update(cfg, step, ddp, optimizers, batches, partial(objective, kl)) | {"kl": kl}
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            kl = baseline(cfg, model, ref, val, rank, world, device)
-            metrics |= evaluate(cfg, model, partial(objective, kl), val, rank, world, device)
-        log(step + 1, sum(len(ids) for row in rows for ids, _ in row), **metrics)
+            kl = baseline(cfg, model, ref, val_mixed, rank, world, device)
+            metrics |= evaluate(cfg, model, ref, kl, val, rank, world, device)
+        log(step + 1, sum(len(ids) for ids, *_ in rows), **metrics)
         save_checkpoint(cfg, step + 1, {"model": model}, optimizers, tokenizer)
 
 
@@ -153,17 +161,26 @@ def main(cfg):
 
 
 @torch.no_grad()
-def evaluate(cfg, model, objective, val, rank, world, device):
-    """Loss, accuracy and margin on the held-out pairs, sharded over ranks."""
-    total = Counter(loss=0.0, count=0, accuracy=0.0, margins=0.0)
-    for rows in by_length(val, cfg.micro_batch, rank, world):
+def evaluate(cfg, model, ref, kl, val, rank, world, device):
+    """Loss and side of kl of the held-out rows; accuracy and margin of pairs among them."""
+    total = Counter(loss=0.0, count=0, above=0.0, right=0, pairs=0, accuracy=0, margins=0.0)
+    for parts in by_length(val, max(1, cfg.micro_batch // 2), rank, world):
+        ids, mask, desirable = collate(sum(parts, []), device)
+        ids, targets, mask = shift(ids, mask)
         with autocast(device):
-            loss, count, metrics = objective(*collate(rows, device), model)
-        total.update(loss=float(loss), count=count, accuracy=float(metrics["accuracy"]),
-                     margins=float(metrics["margins"]))
+            logprobs, ref_logprobs = model(ids, targets), ref(ids, targets)
+            loss, count, metrics = kto_loss(logprobs, ref_logprobs, mask, desirable, kl, cfg.beta,
+                                            cfg.lam_d, cfg.lam_u)
+        rewards = ((logprobs - ref_logprobs) * mask).sum(1).split([len(part) for part in parts])
+        margins = [float(r[0] - r[1]) for r in rewards if len(r) == 2]
+        total.update(loss=float(loss), count=count, above=float(metrics["above"]),
+                     right=int(metrics["right"]), pairs=len(margins), margins=sum(margins),
+                     accuracy=sum(m > 0 for m in margins))
     total = all_sum(**total)
-    count = total.pop("count")
-    return {f"val_{k}": v / count for k, v in total.items()}
+    count, pairs = total.pop("count"), total.pop("pairs")
+    of_pairs = {k: total.pop(k) for k in ("accuracy", "margins")}
+    return {f"val_{k}": v / count for k, v in total.items()} | (
+        {f"val_{k}": v / pairs for k, v in of_pairs.items()} if pairs else {})
 
 
 # ---------------------------------------------------------------------------- update

@@ -6,9 +6,9 @@
            - lam * log sigmoid(reward(x, chosen) - reward(x, rejected))
 
 ORPO (Hong et al. 2024, eq. 6-7). The paper starts from the pretrained model, without SFT; --init
-may name 00's or 01's too, but on the toy 120 steps are too few for that. Against 03_dpo.py: no
-reference, the odds of means, imitation beside them; the sections that differ: config, loss,
-training.
+may name 00's or 01's too, but on the toy 120 steps are too few for that; and its lam is 0.1 to
+0.25, where we have 1: the toy's start imitates well already. Against 03_dpo.py: no reference, the
+odds of means, imitation beside them; the sections that differ: config, loss, training.
     torchrun --nproc_per_node=4 DPO/orpo.py --lam 0.5
 """
 import math, os
@@ -37,9 +37,10 @@ class Config:
     micro_batch: int = 16       # pairs a rank holds at once
     lam: float = 1.0            # weight of preference beside imitation
     lr: float = 1e-4            # AdamW's learning rate
+    weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
-    eval_every: int = 50        # steps between evaluations
+    eval_every: int = 120       # steps between evaluations
     save_every: int = 50        # steps between saves of an unfinished run
     seed: int = 0               # of weights, order and samples
     device: str = "auto"        # auto: cuda, then mps, then cpu
@@ -49,15 +50,10 @@ class Config:
 
 
 def encode(tokenizer, row):
-    """{"prompt", "chosen", "rejected"}, strings or messages -> [(ids, completion_mask)] x 2.
+    """{"prompt", "chosen", "rejected"} -> [(ids, completion_mask)] x 2.
 
     Only the last turn is compared: earlier assistant turns belong to the prompt."""
-    pairs = []
-    for key in ("chosen", "rejected"):
-        answer = row[key] if isinstance(row[key], str) else row[key][-1]["content"]
-        prompt = tokenizer.prompt(row["prompt"])
-        completion = tokenizer.encode_completion(answer) + [tokenizer.end]
-        pairs.append((prompt + completion, [0] * len(prompt) + [1] * len(completion)))
+    pairs = [tokenizer.answered(row["prompt"], row[key]) for key in ("chosen", "rejected")]
     if pairs[0] == pairs[1]:
         raise ValueError("chosen and rejected are the same: nothing to learn")
     return pairs
@@ -104,7 +100,7 @@ def main(cfg):
     model, tokenizer, _ = load(cfg.init, device)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
-    optimizers = make_optimizers([model], cfg.lr)
+    optimizers = make_optimizers([model], cfg.lr, weight_decay=cfg.weight_decay)
     first, log = resume(cfg, {"model": model}, optimizers, pairs=len(train))
 
     def objective(ids, completion_mask, policy=ddp):

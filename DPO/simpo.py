@@ -34,9 +34,10 @@ class Config:
     beta: float = 2.0           # scale of the reward: nothing holds the policy near its start
     gamma: float = 0.5          # the margin to win by
     lr: float = 1e-5            # AdamW's learning rate
+    weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
-    eval_every: int = 50        # steps between evaluations
+    eval_every: int = 120       # steps between evaluations
     save_every: int = 50        # steps between saves of an unfinished run
     seed: int = 0               # of weights, order and samples
     device: str = "auto"        # auto: cuda, then mps, then cpu
@@ -46,15 +47,10 @@ class Config:
 
 
 def encode(tokenizer, row):
-    """{"prompt", "chosen", "rejected"}, strings or messages -> [(ids, completion_mask)] x 2.
+    """{"prompt", "chosen", "rejected"} -> [(ids, completion_mask)] x 2.
 
     Only the last turn is compared: earlier assistant turns belong to the prompt."""
-    pairs = []
-    for key in ("chosen", "rejected"):
-        answer = row[key] if isinstance(row[key], str) else row[key][-1]["content"]
-        prompt = tokenizer.prompt(row["prompt"])
-        completion = tokenizer.encode_completion(answer) + [tokenizer.end]
-        pairs.append((prompt + completion, [0] * len(prompt) + [1] * len(completion)))
+    pairs = [tokenizer.answered(row["prompt"], row[key]) for key in ("chosen", "rejected")]
     if pairs[0] == pairs[1]:
         raise ValueError("chosen and rejected are the same: nothing to learn")
     return pairs
@@ -97,7 +93,7 @@ def main(cfg):
     model, tokenizer, _ = load(cfg.init, device)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
-    optimizers = make_optimizers([model], cfg.lr)
+    optimizers = make_optimizers([model], cfg.lr, weight_decay=cfg.weight_decay)
     first, log = resume(cfg, {"model": model}, optimizers, pairs=len(train))
 
     def objective(ids, completion_mask, policy=ddp):

@@ -61,9 +61,9 @@ GUIDE = [
      "the odds ratio pushes the rejected one down. One loss does what SFT and DPO do in two "
      "stages."),
     ("03_dpo.py", "DPO/kto.py",
-     "A pair falls apart into one desirable and one undesirable row, each compared with a baseline "
-     "instead of with the other. The baseline is the KL of the policy, estimated on completions "
-     "that belong to other prompts."),
+     "Rows with a label are read as well, and a pair falls apart into one desirable and one "
+     "undesirable row, each compared with a baseline instead of with the other. The baseline is "
+     "the KL of the policy, estimated on completions that belong to other prompts."),
 ]
 
 
