@@ -41,7 +41,7 @@ class Config:
     beta: float = 0.5           # how soon value saturates away from the reference
     lam_d: float = 1.0          # weight of desirable rows
     lam_u: float = 1.0          # weight of undesirable rows
-    lr: float = 3e-5            # AdamW's learning rate
+    lr: float = 2e-4            # AdamW's learning rate
     weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
@@ -129,9 +129,9 @@ def main(cfg):
     model, tokenizer, _ = load(cfg.init, device)
     ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
-    train = sum(train, [])                          # the two rows of a pair fall apart
-    mixed, val_mixed = (mismatch(rows, model.cfg.block_size, f"{cfg.data}/{name}") for rows, name in
-                        ((train, cfg.train), (sum(val, []), cfg.val)))
+    train, flat = ([row for part in rows for row in part] for rows in (train, val))
+    mixed, val_mixed = (mismatch(rows, model.cfg.block_size, f"{cfg.data}/{name}")
+                        for rows, name in ((train, cfg.train), (flat, cfg.val)))
     ddp = wrap(model)
     optimizers = make_optimizers([model], cfg.lr, weight_decay=cfg.weight_decay)
     first, log = resume(cfg, {"model": model}, optimizers, rows=len(train),

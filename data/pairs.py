@@ -9,7 +9,7 @@ before must be the same in both (and as in "prompt"); a row without "prompt" has
 and a "history" of [question, answer] go before the prompt. Rows whose score_chosen is not above
 score_rejected, whose turns have tools, names or weights, and whose label is false are dropped and
 counted; so are completions with a tag in them, as <think>. Unpaired rows {"prompt", "completion",
-"label"} are refused.
+"label"} are refused: DPO/kto.py reads them as they are (--data FOLDER --train FILE --val FILE).
 
     python data/pairs.py --train pairs.jsonl --out out/data/mine
     python data/pairs.py --hub trl-lib/ultrafeedback_binarized --test_split test

@@ -155,8 +155,8 @@ def pair(prompt, chosen, rejected):
 def preference(row):
     """{"prompt", "chosen", "rejected"}, texts, messages or whole dialogues -> a preference row."""
     if "chosen" not in row and "completion" in row:
-        raise ValueError("a completion with a label is no pair, and no script learns from such rows"
-                         " alone; data/messages.py takes the good ones as demonstrations")
+        raise ValueError("a completion with a label is no pair: DPO/kto.py reads such rows as they "
+                         "are; data/messages.py takes the good ones as demonstrations")
     better, worse = row.get("score_chosen"), row.get("score_rejected")
     if better is not None and worse is not None and not better > worse:
         raise Drop("equal scores" if better == worse else "chosen has the lower score")

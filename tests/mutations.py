@@ -78,9 +78,9 @@ put("mask-from-padding", "the mask is built from ids that are not padding, where
     "return pad(ids, device), pad(masks, device) * (pad(ids, device) != 0)",
     "kernel.py::test_completion_mask[01_sft]")
 
-put("pairs-without-end", "the end token is missing from chosen and rejected", "03_dpo.py",
-    "tokenizer.encode_completion(answer) + [tokenizer.end]",
-    "tokenizer.encode_completion(answer)",
+put("pairs-without-end", "the end token is missing from chosen and rejected", "model.py",
+    "return ids, [0] * n + [1] * (len(ids) - n)",
+    "return ids[:-1], [0] * n + [1] * (len(ids) - n - 1)",
     "kernel.py::test_prompt_ids_are_the_same_in_training_and_rollouts")
 
 put("tags-in-user-text", "a user who writes <answer> gets a control token", "model.py",
@@ -585,30 +585,66 @@ put("orpo-imitates-rejected", "the likelihood term is rejected's", "DPO/orpo.py"
     "dpo_siblings.py::test_orpo_imitates_chosen_alone")
 
 put("kto-matched-pairs", "the KL of the very completions that are pushed", "DPO/kto.py",
-    "for pair in zip(rows, rows[1:] + rows[:1])", "for pair in zip(rows, rows)",
+    "(split[a][0], split[b][1]) for a, b in", "(split[a][0], split[a][1]) for a, b in",
     "dpo_siblings.py::test_mismatch", "dpo_siblings.py::test_baseline_is_of_mismatched_pairs")
 
 put("kto-shifted-values", "the batch's own gains in another order: their mean is the same",
-    "DPO/kto.py", "in split(mismatch(rows, model.cfg.block_size), cfg.micro_batch,",
-    "in split(rows[1:] + rows[:1], cfg.micro_batch,",
+    "DPO/kto.py", "mixed = [(split[a][0], split[b][1])", "mixed = [(split[b][0], split[b][1])",
     "dpo_siblings.py::test_baseline_is_of_mismatched_pairs")
 
+put("kto-own-prompt", "a pair's two rows are neighbours: its prompt gets its own completion",
+    "DPO/kto.py", "other[a] = b if split[a][0] != split[b][0] else other[b]", "other[a] = b",
+    "dpo_siblings.py::test_mismatch", "dpo_siblings.py::test_one_prompt_has_no_mismatch")
+
+put("kto-other-rows", "the kl of other rows than the step's", "DPO/kto.py",
+    "[mixed[i] for i in at]", "mixed[: len(at)]", "dpo_siblings.py::test_kto_baseline_in_a_run")
+
+put("kto-all-good", "a label that is false is read as true", "DPO/kto.py",
+    "label_of(row))]", "1)]", "dpo_siblings.py::test_a_pair_is_two_rows")
+
+put("label-of-any-word", "a label that is neither true nor false counts as true", "model.py",
+    "if not said or said - {\"true\", \"1\", \"1.0\"} and not bad", "if False and not bad",
+    "dpo_siblings.py::test_rows_that_are_refused")
+
+put("score-in-bf16", "the one-row head under autocast: near scores are ties", "06_reward.py",
+    "return (at_least_fp32(hidden) * self.head.weight).sum(-1) + self.head.bias",
+    "return at_least_fp32(self.head(hidden))[:, 0]", "precision.py::test_score_of_the_reward_model",
+    "precision.py::test_no_ties")
+
+put("decay-not-passed", "--weight_decay is a flag that nobody reads", "01_sft.py",
+    ", weight_decay=cfg.weight_decay)", ")", "precision.py::test_weight_decay[01_sft]")
+
+put("vectors-decay", "norms and biases shrink as well", "model.py",
+    "{\"params\": vectors, \"weight_decay\": 0.0}",
+    "{\"params\": vectors, \"weight_decay\": weight_decay}",
+    "precision.py::test_weight_decay[01_sft]")
+
+put("muon-does-not-decay", "the blocks' matrices keep their size under Muon", "model.py",
+    "lr=muon_lr, weight_decay=weight_decay,", "lr=muon_lr, weight_decay=0.0,",
+    "precision.py::test_weight_decay[00_pretrain]")
+
+put("sides-not-trimmed", "a preference keeps blanks that the model's own chat takes off",
+    "model.py",
+    "ids, _ = self.chat([*turns(prompt), {\"role\": \"assistant\", \"content\": completion}])",
+    "ids = self.prompt(prompt) + self.encode_completion(completion) + [self.end]",
+    "losses.py::test_sides_are_what_the_chat_says[03_dpo-True]")
+
 put("kto-kl-of-one-rank", "each rank has its own KL, clamped before the sum", "DPO/kto.py",
-    "return max(0.0, all_sum(gap=gap)[\"gap\"] / (2 * len(rows)))",
-    "return all_sum(gap=max(0.0, gap))[\"gap\"] / (2 * len(rows))",
+    "return max(0.0, all_sum(gap=gap)[\"gap\"] / len(mixed))",
+    "return all_sum(gap=max(0.0, gap))[\"gap\"] / len(mixed)",
     "gaps.py::test_kto_baseline_of_two_ranks")
 
 put("kto-kl-negative", "a KL below 0 is used as it is", "DPO/kto.py",
-    "return max(0.0, all_sum(gap=gap)[\"gap\"] / (2 * len(rows)))",
-    "return all_sum(gap=gap)[\"gap\"] / (2 * len(rows))",
+    "return max(0.0, all_sum(gap=gap)[\"gap\"] / len(mixed))",
+    "return all_sum(gap=gap)[\"gap\"] / len(mixed)",
     "dpo_siblings.py::test_baseline_is_of_mismatched_pairs")
 
 put("kto-undesirable-sign", "undesirable rows are made likelier", "DPO/kto.py",
-    "torch.sigmoid(beta * (rejected - kl))", "torch.sigmoid(beta * (kl - rejected))",
+    "above = (2 * desirable - 1) * (rewards - kl)", "above = rewards - kl",
     "dpo_siblings.py::test_signs", "dpo_siblings.py::test_kto_value")
 
 put("kto-weights-exchanged", "the weight of desirable rows on the undesirable", "DPO/kto.py",
-    "losses = (lam_d * torch.sigmoid", "losses = (lam_u * torch.sigmoid",
+    "lam_d * desirable + lam_u * (1 - desirable)", "lam_u * desirable + lam_d * (1 - desirable)",
     "dpo_siblings.py::test_kto_value")
 
 # ---------------------------------------------------------------------------- checkpoints, resume
@@ -959,8 +995,8 @@ put("gamma-by-default", "SimPO's margin is a constant, whatever the flag says", 
     "numbers.py::test_numbers_of_the_loss[DPO/simpo]")
 
 put("lambdas-exchanged", "both are 1 by default, and nobody sees which is which", "DPO/kto.py",
-    "cfg.beta, cfg.lam_d,\n                        cfg.lam_u)",
-    "cfg.beta, cfg.lam_u,\n                        cfg.lam_d)",
+    "                        cfg.lam_d, cfg.lam_u)\n\n",
+    "                        cfg.lam_u, cfg.lam_d)\n\n",
     "numbers.py::test_numbers_of_the_loss[DPO/kto]")
 
 put("value-loss-always", "the value loss has its default weight, whatever the flag says",
@@ -1028,11 +1064,12 @@ put("clip-0-is-a-bound", "--grad_clip 0 makes every gradient 0, and a healthy lo
     "clip_grad_norm_(weights, cfg.grad_clip)", "numbers.py::test_clipping[06_reward]")
 
 put("kto-kl-of-the-start", "the baseline that the start has, 0, in every step", "DPO/kto.py",
-    "ref_logprobs, mask, kl, cfg.beta", "ref_logprobs, mask, 0.0 * kl, cfg.beta",
+    "policy(ids, targets), ref_logprobs, mask, desirable, kl,",
+    "policy(ids, targets), ref_logprobs, mask, desirable, 0.0 * kl,",
     "numbers.py::test_kl_of_kto")
 
 put("kto-kl-of-the-batch", "held-out rows are judged by the training batch's kl", "DPO/kto.py",
-    "            kl = baseline(cfg, model, ref, val, rank, world, device)\n", "",
+    "            kl = baseline(cfg, model, ref, val_mixed, rank, world, device)\n", "",
     "numbers.py::test_kl_of_kto")
 
 put("price-not-charged", "the price of long completions is computed for nobody", "RL/dapo.py",

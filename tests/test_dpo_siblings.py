@@ -1,11 +1,13 @@
 """The losses of DPO/ in closed form, the signs of their gradients, and KTO's baseline."""
 import inspect
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LOSS, kernel, run, steps_of
+from conftest import LOSS, kernel, run, steps_of, weights, write_rows
 from test_losses import ragged
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -17,7 +19,9 @@ def call(stages, name, logprobs, mask, ref=None, beta=0.3, **constants):
     """The sibling's loss, whichever of these it takes -> loss, count, metrics."""
     loss = getattr(stages[name], LOSS[name])
     given = dict(logprobs=logprobs, ref_logprobs=logprobs.detach() if ref is None else ref,
-                 completion_mask=mask, beta=beta, **CONSTANTS | constants)
+                 desirable=(torch.arange(len(mask)) < len(mask) // 2).long(),
+                 completion_mask=mask, beta=beta)
+    given |= CONSTANTS | constants
     return loss(**{k: given[k] for k in inspect.signature(loss).parameters})
 
 
@@ -42,21 +46,23 @@ def test_signs(stages, name):
     logprobs = (-torch.rand(6, 8)).requires_grad_()
     loss, count, metrics = call(stages, name, logprobs, mask)
     grad = gradient(loss, logprobs)
-    assert count == 3
+    assert count == (6 if name == "DPO/kto" else 3)                  # rows, or pairs
     assert (grad[:3][mask[:3] == 1] < 0).all() and (grad[3:][mask[3:] == 1] > 0).all()
     assert grad[mask == 0].abs().max() == 0
+    if name == "DPO/kto":
+        return
     sums = (logprobs * mask).sum(1)
     assert metrics["chosen_logprobs"].item() == pytest.approx(sums[:3].sum().item())
     assert metrics["rejected_logprobs"].item() == pytest.approx(sums[3:].sum().item())
 
 
-@pytest.mark.parametrize("name", SIBLINGS)
+@pytest.mark.parametrize("name", [name for name in SIBLINGS if name != "DPO/kto"])
 def test_margins_and_accuracy(stages, name):
     """By the method's own reward, a pair at a time; equal sides are not right."""
     mask, logprobs, ref = ragged(4, 7, 1), -torch.rand(4, 7), -torch.rand(4, 7)
     sums, gaps = (logprobs * mask).sum(1), ((logprobs - ref) * mask).sum(1)
     means = sums / mask.sum(1)
-    reward = {"DPO/ipo": gaps, "DPO/kto": gaps, "DPO/simpo": 0.3 * means,
+    reward = {"DPO/ipo": gaps, "DPO/simpo": 0.3 * means,
               "DPO/orpo": (means.exp() / (1 - means.exp())).log()}[name]
     margins = [(reward[i] - reward[i + 2]).item() for i in (0, 1)]
     _, _, metrics = call(stages, name, logprobs, mask, ref)
@@ -73,7 +79,7 @@ def test_splitting_a_batch(stages, name):
     f = lambda i: call(stages, name, logprobs[i], mask[i], ref[i])
     whole, parts = f(list(range(8))), [f([0, 4]), f([1, 2, 3, 5, 6, 7])]
     assert float(whole[0]) == pytest.approx(sum(float(p[0]) for p in parts), rel=1e-12)
-    assert int(whole[1]) == sum(p[1] for p in parts) == 4
+    assert int(whole[1]) == sum(p[1] for p in parts) == (8 if name == "DPO/kto" else 4)
     for k, v in whole[2].items():
         assert float(v) == pytest.approx(sum(float(p[2][k]) for p in parts), rel=1e-12), k
 
@@ -193,8 +199,8 @@ def test_kto_at_the_start(stages):
     """Every value is one half of its weight; the gradient beta / 4 of it."""
     logprobs, mask = sides([-1.0, -2.0], [-1.5, -0.5, -1.5])
     loss, count, _ = call(stages, "DPO/kto", logprobs, mask, kl=0.0, beta=0.3)
-    assert count == 1 and loss.item() == pytest.approx((1.3 / 2 + 0.8 / 2) / 2)
-    expected = torch.tensor([[-1.3, -1.3, 0], [0.8] * 3]) * 0.3 / 4 / 2
+    assert count == 2 and loss.item() == pytest.approx(1.3 / 2 + 0.8 / 2)
+    expected = torch.tensor([[-1.3, -1.3, 0], [0.8] * 3]) * 0.3 / 4
     assert torch.allclose(gradient(loss, logprobs), expected)
 
 
@@ -203,11 +209,14 @@ def test_kto_value(stages, kl):
     """lam - v(x, y), eq. 8: what was gained beyond kl, or lost below it."""
     logprobs, mask = sides([-1.0, -2.0], [-1.5])
     ref = logprobs.detach() + torch.tensor([[-0.8, -0.4], [0.6, 0.0]])       # rewards 1.2 and -0.6
-    loss, _, _ = call(stages, "DPO/kto", logprobs, mask, ref, beta=0.5, kl=kl, lam_d=1.2, lam_u=0.9)
+    loss, _, metrics = call(stages, "DPO/kto", logprobs, mask, ref, beta=0.5, kl=kl, lam_d=1.2,
+                            lam_u=0.9)
     sigmoid = lambda x: 1 / (1 + math.exp(-x))
     desirable = 1.2 - 1.2 * sigmoid(0.5 * (1.2 - kl))
     undesirable = 0.9 - 0.9 * sigmoid(0.5 * (kl + 0.6))
-    assert loss.item() == pytest.approx((desirable + undesirable) / 2)
+    assert loss.item() == pytest.approx(desirable + undesirable)
+    assert metrics["above"].item() == pytest.approx(1.2 - kl + kl + 0.6)
+    assert metrics["right"] == (kl < 1.2) + 1
 
 
 def test_kto_rows_do_not_know_of_each_other(stages):
@@ -223,9 +232,10 @@ def test_kto_rows_do_not_know_of_each_other(stages):
 # ---------------------------------------------------------------------------- KTO: the baseline
 
 def world_of(gains):
-    """Row i asks (1, i) and answers 10 + i or 20 + i, and the end. -> rows, a policy that has
-    gained `gains(question, answer)` nats on the answer, and its reference."""
-    rows = [[([1, i, side + i, 9], [0, 0, 1, 1]) for side in (10, 20)] for i in range(6)]
+    """Row i asks (1, i) and answers 10 + i, or 20 + i, and the end: one after the other. -> rows, a
+    policy that has gained `gains(question, answer)` nats on the answer, and its reference."""
+    rows = [([1, i, side + i, 9], [0, 0, 1, 1], int(side == 10))
+            for i in range(6) for side in (10, 20)]
 
     def policy(ids, targets):
         assert not torch.is_grad_enabled()
@@ -238,23 +248,39 @@ def world_of(gains):
 
 
 def baseline(stages, rows, policy, ref, rank=0, world=1, micro_batch=4):
-    cfg = SimpleNamespace(micro_batch=micro_batch)
-    return stages["DPO/kto"].baseline(cfg, policy, ref, rows, rank, world, "cpu")
+    cfg, stage = SimpleNamespace(micro_batch=micro_batch), stages["DPO/kto"]
+    mixed = stage.mismatch(rows, 64, "here")
+    return stage.baseline(cfg, policy, ref, mixed, rank, world, "cpu")
 
 
 def test_mismatch(stages):
-    """Every prompt once before the next row's two completions, whose tokens alone count; desirable
-    with desirable; nothing longer than the context."""
-    rows = [[([1, 2, 3, 11, 9], [0, 0, 0, 1, 1]), ([1, 2, 3, 21, 22, 9], [0, 0, 0, 1, 1, 1])],
-            [([4, 12, 13, 14, 9], [0, 1, 1, 1, 1]), ([4, 23, 9], [0, 1, 1])],
-            [([5, 6, 15, 9], [0, 0, 1, 1]), ([5, 6, 24, 9], [0, 0, 1, 1])]]
-    mixed = stages["DPO/kto"].mismatch(rows, 64)
-    assert [[ids for ids, _ in pair] for pair in mixed] == [
-        [[1, 2, 3, 12, 13, 14, 9], [1, 2, 3, 23, 9]], [[4, 15, 9], [4, 24, 9]],
-        [[5, 6, 11, 9], [5, 6, 21, 22, 9]]]
-    assert [mask for _, mask in mixed[0]] == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
-    cut = stages["DPO/kto"].mismatch(rows, 5)
-    assert cut[0][0] == ([1, 2, 3, 12, 13], [0, 0, 0, 1, 1])
+    """Every prompt once before the completion of the next row that has another prompt, which alone
+    counts: a pair's two rows are neighbours, and may not be each other's; nor may the last row and
+    the first. Nothing longer than the context."""
+    rows = [([1, 2, 3, 11, 9], [0, 0, 0, 1, 1], 1), ([4, 12, 13, 9], [0, 1, 1, 1], 1),
+            ([4, 23, 9], [0, 1, 1], 0), ([5, 6, 15, 9], [0, 0, 1, 1], 0),
+            ([1, 2, 3, 21, 22, 9], [0, 0, 0, 1, 1, 1], 0)]
+    mixed = stages["DPO/kto"].mismatch(rows, 64, "here")
+    assert [ids for ids, *_ in mixed] == [
+        [1, 2, 3, 12, 13, 9], [4, 15, 9], [4, 15, 9], [5, 6, 21, 22, 9], [1, 2, 3, 12, 13, 9]]
+    assert [mask for _, mask, _ in mixed][:2] == [[0, 0, 0, 1, 1, 1], [0, 1, 1]]
+    assert stages["DPO/kto"].mismatch(rows, 5, "here")[0][:2] == (
+        [1, 2, 3, 12, 13], [0, 0, 0, 1, 1])
+
+
+def test_one_prompt_has_no_mismatch(stages, make, data, tmp_path, refuses):
+    """One row, or one pair, or many rows of one prompt: kl would be that of matched ones."""
+    row = ([1, 11, 9], [0, 1, 1], 1)
+    for rows in ([row], [row, ([1, 21, 9], [0, 1, 1], 0)] * 3):
+        refuses(lambda: stages["DPO/kto"].mismatch(rows, 64, "a.jsonl"),
+                "all rows of a.jsonl have one prompt")
+    for path in data.iterdir():
+        shutil.copy(path, tmp_path)
+    for name in ("pairs_train.jsonl", "pairs_val.jsonl"):
+        whole = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(whole.splitlines()[0])
+        refuses(lambda: run(*make("DPO/kto", data=tmp_path)), f"{tmp_path}/{name} have one prompt")
+        (tmp_path / name).write_text(whole)
 
 
 def test_baseline_is_of_mismatched_pairs(stages):
@@ -268,8 +294,7 @@ def test_baseline_is_of_mismatched_pairs(stages):
 
 
 def test_baseline_is_one_number_for_all_ranks(stages, monkeypatch):
-    """The ranks' parts add up to the whole batch's; the clamp comes after the sum, and the
-    neighbour of a rank's row is the batch's, not the rank's."""
+    """The ranks' parts add up to the whole batch's; the clamp comes after the sum."""
     rows, policy, ref = world_of(lambda q, a: (q - 1.5) * ((q + 1) % 6 == a))
     whole = baseline(stages, rows, policy, ref)
     assert whole == pytest.approx(1.0)
@@ -278,35 +303,113 @@ def test_baseline_is_one_number_for_all_ranks(stages, monkeypatch):
         monkeypatch.setattr(stages["DPO/kto"], "all_sum",
                             lambda gap: parts.append(gap) or {"gap": 0})
         for rank in range(world):
-            baseline(stages, rows, policy, ref, rank, world, micro_batch=1)
+            baseline(stages, rows, policy, ref, rank, world, micro_batch=2)
         assert min(parts) < max(parts) and sum(parts) / 12 == pytest.approx(whole)
 
 
 def test_kto_baseline_in_a_run(stages, make, monkeypatch, tmp_path):
-    """One kl for all micro-batches, a plain number; of the whole batch, before its update. It is
-    logged, and 0 before the first."""
-    stage, seen = stages["DPO/kto"], []
+    """One kl for all micro-batches, a plain number; of the whole batch, before its update, and of
+    its own rows' prompts. It is logged, and 0 before the first."""
+    stage, seen, asked = stages["DPO/kto"], [], []
     loss, made = stage.kto_loss, stage.baseline
 
-    def spy(logprobs, ref_logprobs, mask, kl, *rest):
+    def spy(logprobs, ref_logprobs, mask, desirable, kl, *rest):
         seen.append(kl)
-        return loss(logprobs, ref_logprobs, mask, kl, *rest)
+        return loss(logprobs, ref_logprobs, mask, desirable, kl, *rest)
 
-    def drifted(cfg, model, ref, rows, *rest):
-        return made(cfg, model, ref, rows, *rest) + len(rows)
+    def drifted(cfg, model, ref, mixed, *rest):
+        asked.append(sorted(ids[: mask.index(1)] for ids, mask, _ in mixed))
+        return made(cfg, model, ref, mixed, *rest) + len(mixed)
 
     monkeypatch.setattr(stage, "kto_loss", spy)
     monkeypatch.setattr(stage, "baseline", drifted)
+    trained = []
+    monkeypatch.setattr(stage, "by_length", lambda rows, *rest: trained.append(sorted(
+        ids[: mask.index(1)] for ids, mask, _ in rows)) or kernel.by_length(rows, *rest)
+        if isinstance(rows[0], tuple) else kernel.by_length(rows, *rest))
     stage, cfg = make("DPO/kto", steps=3, lr=1e-2, micro_batch=2)
     run(stage, cfg)
     kl = [line["kl"] for line in steps_of(tmp_path / "out/kto.jsonl")]
     assert all(type(k) is float for k in kl) and kl[0] == 8 and min(kl) >= 8
     for step in range(3):
         assert seen[4 * step : 4 * step + 4] == [kl[step]] * 4
+        assert asked[step] in (trained[2 * step], trained[2 * step + 1])
+        assert trained[2 * step] == trained[2 * step + 1]
     val = seen[12:]
-    assert len(val) == 5 and len(set(val)) == 1 and 9 <= val[0]              # 9 rows, by 2
+    assert len(val) == 9 and len(set(val)) == 1 and 18 <= val[0]             # 9 pairs, one by one
 
 
-def test_kto_needs_two_pairs(make, refuses):
-    stage, cfg = make("DPO/kto", batch_size=1)
-    refuses(lambda: run(stage, cfg), "--batch_size must lie in [2, 1e6], not 1")
+# ---------------------------------------------------------------------------- KTO: its rows
+
+def labelled(data, tmp_path, change):
+    """The pairs of the tiny world, changed row by row to rows of one completion."""
+    for path in data.iterdir():
+        shutil.copy(path, tmp_path)
+    for name in ("pairs_train.jsonl", "pairs_val.jsonl"):
+        pairs = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        write_rows(tmp_path / name, sum((change(i, pair) for i, pair in enumerate(pairs)), []))
+    return tmp_path
+
+
+def thumbs(i, pair):
+    """A pair as the two rows that it is read as."""
+    return [{"prompt": pair["prompt"], "completion": pair["chosen"], "label": True},
+            {"prompt": pair["prompt"], "completion": pair["rejected"], "kto_tag": "false"}]
+
+
+def test_a_pair_is_two_rows(make, data, tmp_path):
+    """The same weights from pairs and from their rows; what a pair alone has is left out."""
+    logs = []
+    for name, folder in (("a", data), ("b", labelled(data, tmp_path, thumbs))):
+        stage, cfg = make("DPO/kto", steps=2, data=folder, out=tmp_path / name)
+        run(stage, cfg)
+        logs.append(steps_of(tmp_path / name / "kto.jsonl")[-1])
+    assert torch.equal(weights(tmp_path / "a/kto.pt"), weights(tmp_path / "b/kto.pt"))
+    assert {"val_accuracy", "val_margins"} == set(logs[0]) - set(logs[1])
+    assert logs[0]["val_margins"] == pytest.approx(2 * logs[0]["val_above"])  # kl cancels
+    for key in ("val_loss", "val_right", "val_above", "kl"):
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-12), key
+
+
+def test_labels_and_pairs_in_one_file(make, data, tmp_path):
+    """A file may mix them; each label has its own weight, so that counts may differ."""
+    folder = labelled(data, tmp_path, lambda i, pair: [thumbs(i, pair)[0]] if i % 2 else [pair])
+    run(*make("DPO/kto", steps=2, data=folder, lam_u=1.5))
+    head = json.loads((tmp_path / "out/kto.jsonl").read_text().splitlines()[0])
+    assert (head["rows"], head["desirable"]) == (36, 24)
+    assert steps_of(tmp_path / "out/kto.jsonl")[-1]["val_accuracy"] >= 0
+
+
+def test_weights_of_the_labels(stages):
+    """Each on its own rows, in whatever order these stand."""
+    logprobs, mask = -torch.rand(3, 4), torch.ones(3, 4)
+    f = lambda **lam: call(stages, "DPO/kto", logprobs, mask, desirable=torch.tensor([0, 1, 0]),
+                           **dict(lam_d=0.0, lam_u=0.0, kl=0.0, beta=0.3) | lam)[0].item()
+    assert f(lam_d=3.0) == pytest.approx(1.5) and f(lam_u=3.0) == pytest.approx(3.0)
+
+
+THUMB = {"prompt": "1+1=?", "completion": "2", "label": True}
+
+
+@pytest.mark.parametrize("row, said", [
+    (THUMB | {"label": "good"}, "true or false, not good"),
+    (THUMB | {"label": 0.7}, "true or false, not 0.7"),
+    (THUMB | {"kto_tag": False}, "true or false, not false, true"),
+    (THUMB | {"label": None}, "no 'rejected or label or kto_tag'"),
+    ({"prompt": "1", "completion": "2", "rejected": "3"}, "its label is true or false, not None"),
+    (THUMB | {"chosen": "2", "rejected": "3"}, "and not both"),
+    ({"prompt": "1", "chosen": "2", "rejected": "3", "label": False}, "and not both"),
+    ({"prompt": "1", "chosen": "2", "label": True}, "and not both"),
+    ({"prompt": "1", "chosen": "2", "completion": "3"}, "no 'rejected or"),
+    (THUMB | {"completion": ""}, "no 'chosen or completion'"),
+    (THUMB | {"completion": [{"role": "user", "content": "2"}]}, "completion: its last turn is"),
+    (THUMB | {"prompt": []}, "no 'prompt'")])
+def test_rows_that_are_refused(row, said, make, data, tmp_path, refuses):
+    folder = labelled(data, tmp_path, lambda i, pair: [row] if i == 4 else thumbs(i, pair))
+    refuses(lambda: run(*make("DPO/kto", data=folder)), "pairs_train.jsonl, line 9: ", said)
+
+
+@pytest.mark.parametrize("label, kind", [(True, 1), (1, 1), ("True", 1), (1.0, 1),
+                                         (False, 0), (0, 0), (-1, 0), ("false", 0)])
+def test_labels(label, kind, stages):
+    assert kernel.label_of({"label": label}) == kernel.label_of({"kto_tag": label}) == kind

@@ -81,7 +81,7 @@ def test_architecture(field, refuses):
 @pytest.mark.parametrize("name, field, bad, good", [
     ("01_sft", "grad_clip", -1, 0), ("03_dpo", "beta", 0, 0.1), ("DPO/ipo", "beta", 0, 0.1),
     ("DPO/simpo", "beta", 0, 2.0), ("DPO/kto", "beta", 0, 0.1), ("DPO/orpo", "lam", 0, 0.1),
-    ("DPO/kto", "lam_d", 0, 1.0), ("DPO/kto", "lam_u", 0, 1.0), ("DPO/kto", "batch_size", 1, 2),
+    ("DPO/kto", "lam_d", 0, 1.0), ("DPO/kto", "lam_u", 0, 1.0),
     ("DPO/simpo", "gamma", -0.1, 0.0), ("04_rlvr", "beta", -0.1, 0.0),
     ("05_ppo", "gamma", 1.5, 1.0),
     ("05_ppo", "lam", 2, 0.0), ("05_ppo", "vf_coef", -1, 0.0), ("RL/ppo", "gamma", -1e-9, 1.0),

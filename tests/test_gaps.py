@@ -285,6 +285,7 @@ def test_kto_baseline_of_two_ranks(stages, monkeypatch):
     """The clamp comes after the sum over ranks: one may have a gap below 0."""
     from test_dpo_siblings import world_of
     rows, policy, ref = world_of(lambda q, a: (3.0 if q > 2 else -1.0) * ((q + 1) % 6 == a))
+    rows = stages["DPO/kto"].mismatch(rows, 64, "here")
     stage, parts = stages["DPO/kto"], []
     monkeypatch.setattr(stage, "all_sum", lambda gap: parts.append(gap) or {
         "gap": 12 * sum(parts)})

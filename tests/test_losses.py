@@ -1,10 +1,12 @@
 """The losses: their values, their gradients, and that their sums may be split anywhere."""
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import STAGES, kernel
+from conftest import PAIRS, STAGES, kernel
 
 pytestmark = pytest.mark.usefixtures("double")
 EPS = 0.2
@@ -186,6 +188,31 @@ def test_score_is_of_the_last_real_token(stages):
     assert torch.allclose(scorer(full, mask), scores, rtol=1e-12)
     ids[1, 2] = 5
     assert abs(scorer(ids, mask)[1] - scores[1]) > 1e-6
+
+
+@pytest.mark.parametrize("strip", [False, True])
+@pytest.mark.parametrize("name", PAIRS)
+def test_sides_are_what_the_chat_says(stages, bpe, name, strip):
+    """Where a template takes the blanks off a content's ends, so do both sides of a preference, as
+    demonstrations do; elsewhere each blank is there. The last turn alone counts."""
+    between = {"user": "<u>", "user assistant": "<a>", "assistant user": "<|end|><u>"}
+    spec = {"kind": "json", "json": json.loads(Path(bpe).read_text()), "template": between,
+            "strip": strip}
+    spec["json"]["added_tokens"].append(dict(
+        id=320, content="<|end|>", special=True, single_word=False, lstrip=False, rstrip=False,
+        normalized=False))
+    tok = kernel.Tokenizer(spec)
+    prompt = [{"role": "user", "content": " How many\n"}, {"role": "assistant", "content": " 2 "},
+              {"role": "user", "content": "nuts "}]
+    sides = stages[name].encode(tok, {"prompt": prompt, "chosen": "\n an end. ", "rejected": "x "})
+    for (ids, mask, *_), said in zip(sides, ("\n an end. ", "x ")):
+        full, _ = tok.chat([*prompt, {"role": "assistant", "content": said}])
+        n = len(tok.prompt(prompt))
+        assert ids == full and mask == [0] * n + [1] * (len(ids) - n) and ids[-1] == tok.end
+        assert tok.decode(ids[n:-1]) == (said.strip() if strip else said)
+    if strip:
+        with pytest.raises(ValueError, match="same"):
+            stages[name].encode(tok, {"prompt": "x", "chosen": "a ", "rejected": " a"})
 
 
 # ---------------------------------------------------------------------------- 05

@@ -153,9 +153,10 @@ def test_seed_of_the_rows(name, make, stages, monkeypatch):
     seen = calls(stage, "sample_rows", monkeypatch)
     run(stage, cfg)
     assert len(seen) >= 2
+    n = 48 if name == "DPO/kto" else 24                           # two rows a pair
     for given, rows in seen:
-        assert rows == kernel.sample_rows(24, given["k"], 5, given["step"])
-        assert rows != kernel.sample_rows(24, given["k"], 0, given["step"])
+        assert rows == kernel.sample_rows(n, given["k"], 5, given["step"])
+        assert rows != kernel.sample_rows(n, given["k"], 0, given["step"])
 
 
 def test_seed_of_windows_and_weights(make, tmp_path):
@@ -225,9 +226,9 @@ def test_kl_of_kto(make, stages, monkeypatch, tmp_path):
     monkeypatch.setattr(stage, "baseline", lambda cfg, model, ref, rows, *rest: (
         asked.append(len(rows)), 0.1 * len(asked))[1])
     run(stage, cfg)
-    assert asked == [8, 9] * 3                                    # a step's rows, the held-out ones
-    used = [given["kl"] for given, _ in losses]                   # one micro-batch, then two
-    assert used == pytest.approx([0.1, 0.2, 0.2, 0.3, 0.4, 0.4, 0.5, 0.6, 0.6])
+    assert asked == [8, 18] * 3                                   # a step's rows, the held-out ones
+    used = [given["kl"] for given, _ in losses]                   # one micro-batch, then three
+    assert used == pytest.approx(sum(([x, *[x + 0.1] * 3] for x in (0.1, 0.3, 0.5)), []))
     assert [line["kl"] for line in steps_of(tmp_path / "out/kto.jsonl")] == pytest.approx(
         [0.1, 0.3, 0.5])
 

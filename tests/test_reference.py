@@ -61,7 +61,8 @@ LOSSES = {
                   lambda b, held: R.simpo(b.logprobs, b.mask, 2.0, 0.7)),
     "DPO/orpo": (lambda s, b: s.orpo_loss(b.logprobs, b.mask, 0.5),
                  lambda b, held: R.orpo(b.logprobs, b.mask, 0.5)),
-    "DPO/kto": (lambda s, b: s.kto_loss(b.logprobs, b.ref, b.mask, b.z0, 0.3, 1.0, 1.5),
+    "DPO/kto": (lambda s, b: s.kto_loss(b.logprobs, b.ref, b.mask, (torch.arange(8) < 4).long(),
+                                        b.z0, 0.3, 1.0, 1.5),
                 lambda b, held: R.kto(b.logprobs, b.ref, b.mask, [1] * 4 + [0] * 4, b.z0, 0.3,
                                       (1.0, 1.5))),
     "RL/reinforce": (lambda s, b: s.reinforce_loss(b.logprobs, b.ref, b.A, b.mask, BETA),
@@ -157,6 +158,12 @@ def sums(b):
     return {"chosen_logprobs": np.mean(chosen), "rejected_logprobs": np.mean(rejected)}
 
 
+def kto_metrics(b):
+    rewards = R.dpo_rewards(b.logprobs, b.ref, b.mask, 1)
+    above = [r - b.z0 if i < 4 else b.z0 - r for i, r in enumerate(rewards)]
+    return {"above": np.mean(above), "right": np.mean([a > 0 for a in above])}
+
+
 METRICS = {
     "03_dpo": lambda b: pair_metrics(R.dpo_rewards(b.logprobs, b.ref, b.mask, 0.3)) | sums(b),
     "04_rlvr": grpo_metrics,
@@ -167,7 +174,7 @@ METRICS = {
     "DPO/simpo": lambda b: pair_metrics(R.simpo_rewards(b.logprobs, b.mask, 2.0)) | sums(b),
     "DPO/orpo": lambda b: pair_metrics(R.log_odds(b.logprobs, b.mask)) | sums(b) | {
         "nll": -np.mean([np.mean(w) for w, _ in R.halves(R.tokens(b.logprobs, b.mask))])},
-    "DPO/kto": lambda b: pair_metrics(R.dpo_rewards(b.logprobs, b.ref, b.mask, 1)) | sums(b),
+    "DPO/kto": kto_metrics,
     "RL/reinforce": reinforce_metrics,
     "RL/rloo": rloo_metrics,
     "RL/dr_grpo": grpo_metrics,
@@ -249,15 +256,15 @@ def test_whiten():
 
 
 def test_kto_baseline():
-    """Each prompt with the next row's completion, in the batch's order, whatever the micro-batch;
-    the mean over all rows, not below 0. Two made-up policies whose log-probs depend on everything
-    that a row holds stand in for the models."""
+    """Each prompt with the completion of the next row of another prompt, in the file's order,
+    whatever the micro-batch; the mean over all rows, not below 0. Two made-up policies whose
+    log-probs depend on everything that a row holds stand in for the models."""
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(5):
         prompt = list(rng.integers(1, 30, rng.integers(2, 6)))
         sides = [list(rng.integers(1, 30, rng.integers(2, 7))) for _ in range(2)]
-        rows.append([(prompt + c, [0] * len(prompt) + [1] * len(c)) for c in sides])
+        rows += [(prompt + c, [0] * len(prompt) + [1] * len(c), 1) for c in sides]
 
     def policy(scale):
         def logprobs(ids, targets):
@@ -271,16 +278,17 @@ def test_kto_baseline():
         return [-(1 + np.sin(sum(row[:t]) * 0.7 + row[t] * 0.3)) * scale
                 for t in range(len(prompt), len(row))]
 
-    s, pairs = stage("DPO/kto"), [(i, (i + 1) % 5, side) for i in range(5) for side in (0, 1)]
+    # Both rows of a prompt get the first completion of the next prompt.
+    s, pairs = stage("DPO/kto"), [(i, 2 * (i // 2 + 1) % 10) for i in range(10)]
     for scales in ((0.5, 0.9), (0.9, 0.5)):
-        logprobs, ref = ([by_hand(scale, [x for x, m in zip(*rows[i][side]) if not m],
-                                  [x for x, m in zip(*rows[j][side]) if m])
-                          for i, j, side in pairs] for scale in scales)
+        logprobs, ref = ([by_hand(scale, [x for x, m in zip(*rows[i][:2]) if not m],
+                                  [x for x, m in zip(*rows[j][:2]) if m])
+                          for i, j in pairs] for scale in scales)
         expected = R.kto_baseline(logprobs, ref, [[1] * len(row) for row in ref])
         assert (expected > 0) == (scales == (0.5, 0.9))
         for micro_batch in (1, 2, 5):
-            ours = s.baseline(SimpleNamespace(micro_batch=micro_batch), *map(policy, scales), rows,
-                              0, 1, "cpu")
+            ours = s.baseline(SimpleNamespace(micro_batch=micro_batch), *map(policy, scales),
+                              s.mismatch(rows, 32, "here"), 0, 1, "cpu")
             assert ours == pytest.approx(expected, rel=1e-9)
 
 

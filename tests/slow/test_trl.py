@@ -215,7 +215,7 @@ def made_up(scale):
 def test_kto(seed, kl):
     """The loss and its KL baseline, given the same mismatched rows. Which rows are mismatched is a
     convention of the data: TRL gives a prompt the completion of the row before, in batches of a
-    device; ours gives it the one of the next row, in the batch of all ranks. Both clamp the mean at
+    device; ours gives it the one of the next row of another prompt, in the file. Both clamp the mean at
     0 and hold it constant."""
     b, rng, s = batch(seed), np.random.default_rng(seed), stage("DPO/kto")
     policy, ref = map(made_up, (0.5, 0.9) if kl == "positive" else (0.9, 0.5))
@@ -223,11 +223,12 @@ def test_kto(seed, kl):
     for _ in range(B // 2):
         prompt = list(rng.integers(1, V, rng.integers(2, 6)))
         sides = [list(rng.integers(1, V, rng.integers(2, 7))) for _ in range(2)]
-        rows.append([(prompt + c, [0] * len(prompt) + [1] * len(c)) for c in sides])
-    baseline = s.baseline(SimpleNamespace(micro_batch=3), policy, ref, rows, 0, 1, "cpu")
+        rows += [(prompt + c, [0] * len(prompt) + [1] * len(c), i) for i, c in enumerate(sides)]
+    mixed = s.mismatch(rows, 32, "here")
+    baseline = s.baseline(SimpleNamespace(micro_batch=3), policy, ref, mixed, 0, 1, "cpu")
     assert (baseline > 0) == (kl == "positive")
 
-    KL_ids, KL_mask = s.collate(s.mismatch(rows, 32), "cpu")
+    KL_ids, KL_mask, _ = s.collate(mixed, "cpu")
     mask = whole(b.mask)
     inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask),
               "completion_mask": mask, "label": torch.arange(B) < B // 2,
@@ -249,7 +250,8 @@ def test_kto(seed, kl):
     self._compute_kl_logps = KTOTrainer._compute_kl_logps.__get__(self)
     theirs = KTOTrainer._compute_loss(self, model(policy, b.logprobs), inputs, False)
     assert self._metrics["train"]["kl"] == [pytest.approx(baseline, rel=1e-9)]
-    agree(s.kto_loss(b.logprobs, b.ref, b.mask, baseline, 0.3, 1.0, 1.5), theirs, b.logprobs)
+    agree(s.kto_loss(b.logprobs, b.ref, b.mask, inputs["label"].long(), baseline, 0.3, 1.0, 1.5),
+          theirs, b.logprobs)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
