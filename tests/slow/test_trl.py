@@ -215,8 +215,8 @@ def made_up(scale):
 def test_kto(seed, kl):
     """The loss and its KL baseline, given the same mismatched rows. Which rows are mismatched is a
     convention of the data: TRL gives a prompt the completion of the row before, in batches of a
-    device; ours gives it the one of the next row of another prompt, in the file. Both clamp the mean at
-    0 and hold it constant."""
+    device; ours gives it the one of the next row of another prompt, in the file. Both clamp the
+    mean at 0 and hold it constant."""
     b, rng, s = batch(seed), np.random.default_rng(seed), stage("DPO/kto")
     policy, ref = map(made_up, (0.5, 0.9) if kl == "positive" else (0.9, 0.5))
     rows = []
