@@ -7,7 +7,7 @@
 
 KTO (Ethayarajh et al. 2024, eq. 8 at ICML, eq. 7 in arXiv v1). Rows {"prompt", "completion",
 "label"}; a pair is read as two that do not know of each other. With n_d desirable rows and n_u
-others, the paper wants lam_d n_d / (lam_u n_u) in [1, 4/3], eq. 9, and 2 to 10 times DPO's rate.
+others, the paper wants lam_d n_d / (lam_u n_u) in [1, 4/3], and 2 to 10 times DPO's rate.
 Its y_j is of the next row in the batch; here, of the next in the file that has another prompt.
 Against 03_dpo.py: each completion is compared with kl, not with another; the sections that differ:
 config, data, loss, training, evaluation.
