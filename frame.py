@@ -7,9 +7,9 @@
 
 model.py hands all of it on: a script imports model.py alone.
 """
-import argparse, atexit, errno, fcntl, hashlib, inspect, json, math, os, re, shutil, signal
+import argparse, atexit, ctypes, errno, fcntl, hashlib, inspect, json, math, os, re, shutil, signal
 import sys, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 
 
@@ -31,9 +31,16 @@ sys.excepthook = last_words
 # A Ctrl-C that finds torch half imported would end in an abort; model.py puts this one back.
 ON_CTRL_C = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no log of C++ beside our own line
+# Threads that wait give a shared core away soon: beside another program they are faster by far.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+
+if sys.platform == "linux":           # big tensors keep their memory: no new page faults
+    with suppress(OSError, AttributeError):                            # a libc without mallopt
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)                         # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2000 << 20)                      # M_TRIM_THRESHOLD
 
 # ---------------------------------------------------------------------------- files
 

@@ -106,10 +106,33 @@ def rope_angles(cfg):
 
 
 def rotate(x, cos, sin):
-    """Turn channel pairs (i, i + d/2) of x (B, H, T, d) by the angle of their position; cos, sin
-    (T, d) hold it for both halves, -sin for the first. (As Llama's rotate_half; the paper turns
+    """Turn channel pairs (i, i + d/2) of x (B, T, H, d) by the angle of their position; cos, sin
+    (T, 1, d) hold it for both halves, -sin for the first. (As Llama's rotate_half; the paper turns
     neighbours, which is the same up to the order of channels.)"""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+class NormRotate(torch.autograd.Function):
+    """rotate(rms_norm(x, weight, eps), cos, sin): RMSNorm (Zhang & Sennrich 2019) of each head's q
+    or k (Henry et al. 2020) and RoPE in half of the passes that autograd would make."""
+
+    @staticmethod
+    def forward(ctx, x, weight, cos, sin, eps):
+        half = x.shape[-1] // 2
+        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, cos, sin, scale)
+        y = (x * (weight * cos)).addcmul_(x.roll(half, dims=-1), weight.roll(half) * sin)
+        return y.mul_(scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, cos, sin, scale = ctx.saved_tensors
+        grad = grad * scale
+        back = (grad * sin).roll(x.shape[-1] // 2, dims=-1).addcmul_(grad, cos)   # turned back
+        each = x * back                                                # d loss / d weight, unsummed
+        along = (each @ weight)[..., None] * scale ** 2 / x.shape[-1]  # x's length changes nothing
+        d_weight = each.sum(tuple(range(x.ndim - 1)))
+        return back.mul_(weight).addcmul_(x, -along), d_weight, None, None, None
 
 
 class KVCache:
@@ -139,12 +162,16 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache, layer, at):
         B, T, _ = x.shape
         d, groups = self.cfg.head_dim, self.cfg.n_head != self.cfg.n_kv_head
-        q, k, v = (f(x).view(B, T, -1, d).transpose(1, 2) for f in (self.q, self.k, self.v))
-        if self.cfg.qk_norm:                                    # before the rotation
-            q, k = self.q_norm(at_least_fp32(q)), self.k_norm(at_least_fp32(k))
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k = q.type_as(v), k.type_as(v)
+        q, k, v = (f(x).view(B, T, -1, d) for f in (self.q, self.k, self.v))
+        if self.cfg.qk_norm and rope is not None and not torch.compiler.is_compiling():
+            q, k = (NormRotate.apply(at_least_fp32(t), norm.weight, *rope, norm.eps)
+                    for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        else:                                                   # what compiles fuses by itself
+            if self.cfg.qk_norm:                                # before the rotation
+                q, k = self.q_norm(at_least_fp32(q)), self.k_norm(at_least_fp32(k))
+            if rope is not None:
+                q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (t.type_as(v).transpose(1, 2) for t in (q, k, v))
         if at is None:                                          # a whole sequence from position 0
             if cache is not None:
                 cache.k[layer, :B, :, :T], cache.v[layer, :B, :, :T] = k, v
@@ -188,7 +215,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.checkpointing = cfg, False
+        self.cfg, self.checkpointing, self.fp32_head = cfg, False, False
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.position == "learned":
             self.positions = nn.Embedding(cfg.block_size, cfg.n_embd)
@@ -229,9 +256,8 @@ class GPT(nn.Module):
             at = torch.arange(B, device=ids.device), position, mask[:, None, None]
         if self.cfg.position == "learned":
             x = x + self.positions(place)
-        else:                                                   # (T, d) or (B, 1, 1, d)
-            place = place if position is None else place[:, None]
-            rope = [t[place] for t in (self.cos, self.sin)]
+        else:                                                   # (T, 1, d) or (B, 1, 1, d)
+            rope = [t[place][..., None, :] for t in (self.cos, self.sin)]
         for i, block in enumerate(self.blocks):
             if cache is not None:                               # generation is never compiled
                 x = Block.forward(block, x, rope, cache, i, at)
@@ -242,7 +268,10 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden):
-        return F.linear(hidden, self.embed.weight if self.cfg.tied else self.head.weight)
+        return project(hidden, self.head_weight(), not self.fp32_head)
+
+    def head_weight(self):
+        return self.embed.weight if self.cfg.tied else self.head.weight
 
     def forward(self, ids, targets=None, temperature=1.0):
         """ids (B, T) -> logits (B, T, V); with targets (B, T) -> their log-probs (B, T)."""
@@ -251,26 +280,75 @@ class GPT(nn.Module):
             return self.logits(hidden)
         return self.token_logprobs(hidden, targets, temperature)
 
-    def token_logprobs(self, hidden, targets, temperature=1.0, chunk=2 ** 23):
+    def token_logprobs(self, hidden, targets, temperature=1.0, chunk=None, keep=None):
         """log p(target) at each place: hidden (B, T, C), targets (B, T) -> (B, T), fp32 or wider.
+        Targets below 0 are not computed and give 0. `chunk`, `keep`: TokenLogprobs."""
+        counts, cuda = targets >= 0, hidden.is_cuda
+        every = bool(counts.all())
+        x, y = (hidden.flatten(0, 1), targets.flatten()) if every else (hidden[counts],
+                                                                        targets[counts])
+        flat = TokenLogprobs.apply(
+            x, self.head_weight(), y, temperature, not self.fp32_head,
+            chunk or 2 ** (27 if cuda else 23), keep or 2 ** (29 if cuda else 27),
+            torch.is_grad_enabled())
+        return flat.view(targets.shape) if every else flat.new_zeros(targets.shape).masked_scatter(
+            counts, flat)
 
-        Targets below 0 are not computed and give 0. The softmax runs over `chunk` logits at a time,
-        recomputed in the backward pass, so (B, T, V) is never held in fp32.
-        """
-        keep = targets >= 0
-        x, y = hidden[keep], targets[keep]
-        rows = max(1, chunk // self.cfg.vocab_size)
-        if len(y) <= rows or not torch.is_grad_enabled():
-            run = lambda x, y: self._logprobs(x, y, temperature)
-        else:
-            run = lambda x, y: checkpoint(self._logprobs, x, y, temperature, use_reentrant=False)
-        parts = [run(a, b) for a, b in zip(x.split(rows), y.split(rows))]
-        flat = torch.cat(parts) if parts else self._logprobs(x, y, temperature)
-        return flat.new_zeros(targets.shape).masked_scatter(keep, flat)
 
-    def _logprobs(self, hidden, targets, temperature):
-        logits = at_least_fp32(self.logits(hidden)) / temperature
-        return -F.cross_entropy(logits, targets, reduction="none")
+def project(x, weight, narrow):
+    """Logits x (..., C) @ weight (V, C).T in fp32 or wider. Under autocast the operands are bf16,
+    unless not `narrow`; their products are summed in fp32, and stay it where torch lets them."""
+    narrow = narrow and torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        if not narrow:
+            return F.linear(at_least_fp32(x), at_least_fp32(weight))
+        x, weight = x.bfloat16(), weight.bfloat16()
+        if x.is_cuda:
+            wide = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+            return wide.view(*x.shape[:-1], -1)
+        return F.linear(x, weight).float()
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(x @ weight.T / temperature) at the targets: x (N, C), weight (V, C), targets (N,)
+    -> (N,). The softmax runs over `chunk` logits at a time. Up to `keep` of them wait for the
+    backward pass, where they become their own gradient; more are computed again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, temperature, narrow, chunk, keep, train):
+        ctx.rows = max(1, chunk // len(weight))
+        ctx.narrow = narrow and torch.is_autocast_enabled(x.device.type)
+        ctx.temperature, ctx.kept, out = temperature, [], []
+        for part, target in zip(x.split(ctx.rows), targets.split(ctx.rows)):
+            logprobs = TokenLogprobs.softmax(ctx, part, weight)
+            out.append(logprobs.gather(1, target[:, None])[:, 0])
+            if train and len(x) * len(weight) <= keep:
+                ctx.kept.append(logprobs)
+        ctx.save_for_backward(x, weight, targets)
+        return torch.cat(out)
+
+    @staticmethod
+    def softmax(ctx, x, weight):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=ctx.narrow):
+            logits = project(x, weight, ctx.narrow)
+        return (logits if ctx.temperature == 1 else logits / ctx.temperature).log_softmax(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, targets = ctx.saved_tensors
+        operand = torch.bfloat16 if ctx.narrow else torch.promote_types(x.dtype, torch.float32)
+        table, d_x = weight.to(operand), torch.empty_like(x)
+        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(operand, torch.float32))
+        for part, target, g, d_part in zip(*(t.split(ctx.rows) for t in (x, targets, grad, d_x))):
+            logprobs = ctx.kept.pop(0) if ctx.kept else TokenLogprobs.softmax(ctx, part, weight)
+            g = g[:, None] / ctx.temperature
+            d = logprobs.exp_().mul_(-g).scatter_add_(1, target[:, None], g).to(operand)
+            d_part.copy_(d @ table)
+            if ctx.narrow:                          # summed over the chunks in fp32
+                d_weight += d.t() @ part.to(operand)
+            else:
+                d_weight.addmm_(d.t(), part.to(operand))
+        return d_x, d_weight.to(weight.dtype), *[None] * 6
 
 
 def at_least_fp32(x):

@@ -124,9 +124,17 @@ put("decay-on-norms", "norms and biases decay", "model.py",
     "{\"params\": vectors, \"weight_decay\": weight_decay}", "kernel.py::test_optimizers")
 
 put("temperature-forgotten-by-the-trainer", "log-probs at temperature 1 of samples at another",
-    "model.py", "logits = at_least_fp32(self.logits(hidden)) / temperature",
-    "logits = at_least_fp32(self.logits(hidden))", "kernel.py::test_token_logprobs",
+    "model.py", "(logits if ctx.temperature == 1 else logits / ctx.temperature).log_softmax(-1)",
+    "logits.log_softmax(-1)", "kernel.py::test_token_logprobs",
     "kernel.py::test_generate_in_fp32")
+
+put("temperature-forgotten-in-the-gradient", "the gradient of log-probs as at temperature 1",
+    "model.py", "g = g[:, None] / ctx.temperature", "g = g[:, None]",
+    "kernel.py::test_token_logprobs")
+
+put("qk-norm-without-its-gradient", "the norm of q and k is taken for a constant", "model.py",
+    "return back.mul_(weight).addcmul_(x, -along), d_weight", "return back.mul_(weight), d_weight",
+    "kernel.py::test_norm_rotate")
 
 # ---------------------------------------------------------------------------- rollouts
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CHARS, kernel, run, weights, write_rows
 
 from answers import number
@@ -135,10 +136,68 @@ def test_rope_is_relative(double):
     assert not torch.allclose((at(q, 5) * at(k, 2)).sum(), (at(q, 5) * at(k, 3)).sum())
 
 
+def test_norm_rotate(double):
+    """Value and gradients are those of the norm and the rotation, one after the other."""
+    x, weight = torch.randn(2, 5, 3, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+    a = kernel.rope_angles(GPTConfig(9, 32, 1, 1, 8, position="rope"))[3:8, None]
+    cos, sin = torch.cat([a.cos(), a.cos()], -1), torch.cat([-a.sin(), a.sin()], -1)
+    normed = F.rms_norm(x, (8,), weight, 0.01)
+    out = kernel.NormRotate.apply(x, weight, cos, sin, 0.01)
+    assert torch.allclose(out, kernel.rotate(normed, cos, sin), rtol=1e-12)
+    g = torch.randn_like(out)
+    ours = torch.autograd.grad(out, [x, weight], g)
+    theirs = torch.autograd.grad(kernel.rotate(normed, cos, sin), [x, weight], g)
+    for a, b in zip(ours, theirs):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("fp32_head", [False, True])
+@pytest.mark.parametrize("keep", [None, 1])
+def test_head_under_autocast(fp32_head, keep, monkeypatch):
+    """bf16 operands and fp32 sums, or with fp32_head fp32 throughout, in value and gradients; and
+    where torch can keep the fp32 sums (here a stand-in for CUDA's mm), they are not rounded."""
+    torch.manual_seed(0)
+    model, targets = tiny(), torch.randint(V, (2, 6))
+    model.fp32_head, hidden = fp32_head, torch.randn(2, 6, 32, requires_grad=True)
+    narrow = (lambda t: t) if fp32_head else (lambda t: t.bfloat16().float())
+
+    def wide(x, weight, narrowed):
+        assert narrowed is not fp32_head
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(narrow(x), narrow(weight)) if narrowed else F.linear(x, weight)
+
+    monkeypatch.setattr(kernel, "project", wide)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = model.token_logprobs(hidden, targets, 0.7, chunk=3 * V, keep=keep)
+    got = torch.autograd.grad(ours.sum(), [hidden, model.embed.weight])
+    logits = F.linear(narrow(hidden), narrow(model.embed.weight)) / 0.7
+    full = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    want = torch.autograd.grad(full.sum(), [hidden, model.embed.weight])
+    assert ours.dtype == torch.float32 and torch.allclose(ours, full, atol=1e-6)
+    for a, b in zip(got, want):
+        assert a.dtype == torch.float32
+        assert (a - b).abs().max() < (1e-5 if fp32_head else 2e-2) * b.abs().max()
+    assert (got[0] != want[0]).any() or fp32_head             # the gradient's operands are bf16
+
+
+def test_logits_under_autocast():
+    """Logits are fp32 always: sums of bf16 products, or of fp32 ones where fp32_head is set."""
+    torch.manual_seed(0)
+    model, hidden = tiny(), torch.randn(2, 32)
+    exact = hidden @ model.embed.weight.T
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model.logits(hidden)
+        model.fp32_head = True
+        assert torch.equal(model.logits(hidden), exact)
+    assert narrow.dtype == torch.float32 and 1e-5 < (narrow - exact).abs().max() < 3e-2
+
+
+@pytest.mark.parametrize("keep", [None, 1])
 @pytest.mark.parametrize("chunk", [2 ** 23, 3 * V, 1])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_token_logprobs(chunk, temperature, double):
-    """Value and gradient are those of a whole log_softmax; uncounted targets are exactly 0."""
+def test_token_logprobs(chunk, temperature, keep, double):
+    """Value and gradient are those of a whole log_softmax, whether logits are kept or computed
+    again; uncounted targets are exactly 0."""
     model = tiny()
     hidden = torch.randn(3, 7, 32, requires_grad=True)
     targets = torch.randint(V, (3, 7))
@@ -149,7 +208,7 @@ def test_token_logprobs(chunk, temperature, double):
         grads = torch.autograd.grad((logprobs * weight).sum(), [hidden, model.embed.weight])
         return [logprobs, *grads]
 
-    ours = value_and_gradient(model.token_logprobs(hidden, targets, temperature, chunk=chunk))
+    ours = value_and_gradient(model.token_logprobs(hidden, targets, temperature, chunk, keep))
     full = (model.logits(hidden) / temperature).log_softmax(-1)
     full = full.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0)
     for a, b in zip(ours, value_and_gradient(full)):
