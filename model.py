@@ -141,6 +141,15 @@ class KVCache:
     def __init__(self, cfg, rows, length, like):
         shape = cfg.n_layer, rows, cfg.n_kv_head, length, cfg.head_dim
         self.k, self.v = (torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in "kv")
+        self.longest = 0        # of its rows so far; on the host, so that no step waits for it
+
+    def mask(self, position, like):
+        """0 where a row at `position` (B,) may look, -inf behind it: (B, 1, 1, longest so far). On
+        CUDA in steps of 64, since each new shape there costs a choice of kernel."""
+        length = min(-(-self.longest // 64) * 64 if like.is_cuda else self.longest, self.k.shape[3])
+        behind = torch.arange(length, device=like.device) > position[:, None]
+        mask = torch.zeros(behind.shape, device=like.device, dtype=self.k.dtype)
+        return mask.masked_fill_(behind, -math.inf)[:, None, None]
 
     def move(self, rows, to, n):
         """Copy rows to other places; only the first n positions hold anything yet."""
@@ -163,10 +172,11 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         d, groups = self.cfg.head_dim, self.cfg.n_head != self.cfg.n_kv_head
         q, k, v = (f(x).view(B, T, -1, d) for f in (self.q, self.k, self.v))
-        if self.cfg.qk_norm and rope is not None and not torch.compiler.is_compiling():
+        fused = at is None and not torch.compiler.is_compiling()    # it fuses by itself
+        if fused and self.cfg.qk_norm and rope is not None:
             q, k = (NormRotate.apply(at_least_fp32(t), norm.weight, *rope, norm.eps)
                     for t, norm in ((q, self.q_norm), (k, self.k_norm)))
-        else:                                                   # what compiles fuses by itself
+        else:
             if self.cfg.qk_norm:                                # before the rotation
                 q, k = self.q_norm(at_least_fp32(q)), self.k_norm(at_least_fp32(k))
             if rope is not None:
@@ -252,8 +262,7 @@ class GPT(nn.Module):
         x, rope, at = self.embed(ids), None, None
         place = torch.arange(T, device=ids.device) if position is None else position[:, None]
         if position is not None:
-            mask = torch.arange(int(position.max()) + 1, device=ids.device) <= position[:, None]
-            at = torch.arange(B, device=ids.device), position, mask[:, None, None]
+            at = torch.arange(B, device=ids.device), position, cache.mask(position, x)
         if self.cfg.position == "learned":
             x = x + self.positions(place)
         else:                                                   # (T, 1, d) or (B, 1, 1, d)
@@ -416,59 +425,56 @@ def generate(model, prompts, max_new, end, temperature=1.0, seed=0, step=0, rows
     with autocast(device):
         like = model.blocks[0].attention.k(model.embed.weight[:1])   # the dtype of keys and values
     cache = KVCache(model.cfg, S, min(T_max, longest + max_new), like)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    limit = (T_max - lengths).clamp(max=max_new)
-    out = torch.zeros(N, max_new, dtype=torch.long, device=device)
-    out_logprobs = torch.zeros(N, max_new, device=device, dtype=at_least_fp32(like).dtype)
+    limit = [min(max_new, T_max - len(p)) for p in prompts]
+    dtype = at_least_fp32(like).dtype
     u = torch.as_tensor(np.stack([uniforms(seed, step, r, max_new) for r in rows]))
-    u = u.to(out_logprobs.dtype).to(device)         # rounded here: not every device has float64
-    active = torch.zeros(0, dtype=torch.long, device=device)           # which row is in which slot
-    count, waiting = torch.zeros(N, dtype=torch.long, device=device), 0
-    stopped = torch.zeros(N, dtype=torch.bool, device=device)
+    u = u.to(dtype).to(device)                      # rounded here: not every device has float64
+    out, drawn, active, waiting = [[] for _ in prompts], [], [], 0      # active: row in each slot
 
     def take(logits, which):
-        """Draw one token for the rows `which`, store it, and mark the rows that are finished."""
-        n = count[which]
-        drawn = u[which, n.clamp(max=max_new - 1)]
-        token, logprob = sample_token(logits, drawn, temperature, top_p)
-        going = ~stopped[which]                     # finished rows may still ride along in a slot
-        at = which[going], n[going]
-        out[at], out_logprobs[at] = token[going], logprob[going].to(out_logprobs.dtype)
-        count[which] += going
-        stopped[which] |= (token == end) | (count[which] >= limit[which])
+        """Draw and keep one token for each of the rows `which`: the one wait for the device."""
+        at = torch.tensor([[i, len(out[i])] for i in which], device=device)
+        token, logprob = sample_token(logits, u[at[:, 0], at[:, 1]], temperature, top_p)
+        tokens = token.tolist()
+        for i, t in zip(which, tokens):
+            out[i].append(t)
+        drawn.append((which[:], logprob))
         if on_token is not None:
-            on_token(which[going].tolist(), token[going].tolist())
+            on_token(which, tokens)
 
     with autocast(device):
         while True:
-            finished = int(stopped[active].sum())
-            # To close gaps moves keys and values; an eighth of idle slots costs about as much.
-            if finished == len(active) or finished > len(active) // 8:
-                left = (~stopped[active]).nonzero()[:, 0]
-                last = left[left >= len(left)]          # the last rows fill the gaps before them
-                gaps = stopped[active[: len(left)]].nonzero()[:, 0]
-                if len(last):
-                    cache.move(last, gaps, int((lengths + count).max()))
-                active[gaps] = active[last]
-                active = active[: len(left)]
+            left = [s for s, i in enumerate(active) if out[i][-1] != end and len(out[i]) < limit[i]]
+            gaps = sorted(set(range(len(left))) - set(left))
+            if gaps:                                # the last rows fill the gaps before them
+                last = left[len(left) - len(gaps):]
+                cache.move(torch.tensor(last, device=device), torch.tensor(gaps, device=device),
+                           cache.longest)
+                for gap, s in zip(gaps, last):
+                    active[gap] = active[s]
+            active = active[:len(left)]
+            # A prefill of few prompts costs nearly as much as one of many: let places gather.
+            if waiting < N and len(active) <= S - max(1, S // 8):
                 new = list(range(waiting, min(N, waiting + S - len(active))))
                 waiting += len(new)
-                if new:
-                    first = prefill(model, cache, [prompts[i] for i in new], len(active))
-                    new = torch.tensor(new, device=device)
-                    active = torch.cat([active, new])
-                    take(first, new)
-                    continue
-                if not len(active):
-                    break
-            token = out[active, count[active] - 1]
-            position = (lengths + count)[active] - 1        # of the token that is fed
-            hidden = model.forward_hidden(token[:, None], cache, position)
+                first = prefill(model, cache, [prompts[i] for i in new], len(active))
+                active = active + new
+                take(first, new)
+                continue
+            if not active:
+                break
+            token = torch.tensor([out[i][-1] for i in active], device=device)
+            place = [len(prompts[i]) + len(out[i]) - 1 for i in active]      # of the token fed
+            cache.longest = max(place) + 1
+            hidden = model.forward_hidden(
+                token[:, None], cache, torch.tensor(place, device=device))
             take(model.logits(hidden[:, 0]), active)
     model.train(was_training)
-    ends = count.tolist()
-    return ([r[:n] for r, n in zip(out.tolist(), ends)],
-            [r[:n] for r, n in zip(out_logprobs.tolist(), ends)])
+    logprobs = [[] for _ in prompts]
+    values = torch.cat([logprob for _, logprob in drawn]).tolist()
+    for i, value in zip((i for which, _ in drawn for i in which), values):
+        logprobs[i].append(value)
+    return out, logprobs
 
 
 def prefill(model, cache, prompts, slot):
@@ -483,6 +489,7 @@ def prefill(model, cache, prompts, slot):
         inverse.append(unique.setdefault(tuple(p), len(unique)))
     ids = pad(list(unique), cache.k.device)
     part = KVCache(model.cfg, len(unique), ids.shape[1], cache.k)
+    cache.longest = max(cache.longest, ids.shape[1])
     hidden = model.forward_hidden(ids, part)
     for whole, new in ((cache.k, part.k), (cache.v, part.v)):
         whole[:, slot : slot + len(prompts), :, : ids.shape[1]] = new[:, inverse]
