@@ -11,7 +11,8 @@ Every stage imports this file and no other, and none of them changes it. One sec
 and then what serves training:
 
     optimizers    AdamW, or Muon on the matrices and AdamW on the rest
-    scale         compile, checkpointing, FSDP2 or DDP: speed and memory, never results
+    scale         compile, checkpointing, FSDP2 or DDP, two functions with a backward pass of their
+                  own: speed and memory, never results
     checkpoints   atomic, strict, without pickle execution; an unfinished run goes on where it was
 
 Files, flags, ranks and the log are in frame.py; the scripts have them from here.
@@ -110,29 +111,6 @@ def rotate(x, cos, sin):
     (T, 1, d) hold it for both halves, -sin for the first. (As Llama's rotate_half; the paper turns
     neighbours, which is the same up to the order of channels.)"""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-
-
-class NormRotate(torch.autograd.Function):
-    """rotate(rms_norm(x, weight, eps), cos, sin): RMSNorm (Zhang & Sennrich 2019) of each head's q
-    or k (Henry et al. 2020) and RoPE in half of the passes that autograd would make."""
-
-    @staticmethod
-    def forward(ctx, x, weight, cos, sin, eps):
-        half = x.shape[-1] // 2
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps).rsqrt()
-        ctx.save_for_backward(x, weight, cos, sin, scale)
-        y = (x * (weight * cos)).addcmul_(x.roll(half, dims=-1), weight.roll(half) * sin)
-        return y.mul_(scale)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, cos, sin, scale = ctx.saved_tensors
-        grad = grad * scale
-        back = (grad * sin).roll(x.shape[-1] // 2, dims=-1).addcmul_(grad, cos)   # turned back
-        each = x * back                                                # d loss / d weight, unsummed
-        along = (each @ weight)[..., None] * scale ** 2 / x.shape[-1]  # x's length changes nothing
-        d_weight = each.sum(tuple(range(x.ndim - 1)))
-        return back.mul_(weight).addcmul_(x, -along), d_weight, None, None, None
 
 
 class KVCache:
@@ -316,48 +294,6 @@ def project(x, weight, narrow):
             wide = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32)
             return wide.view(*x.shape[:-1], -1)
         return F.linear(x, weight).float()
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(x @ weight.T / temperature) at the targets: x (N, C), weight (V, C), targets (N,)
-    -> (N,). The softmax runs over `chunk` logits at a time. Up to `keep` of them wait for the
-    backward pass, where they become their own gradient; more are computed again."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, temperature, narrow, chunk, keep, train):
-        ctx.rows = max(1, chunk // len(weight))
-        ctx.narrow = narrow and torch.is_autocast_enabled(x.device.type)
-        ctx.temperature, ctx.kept, out = temperature, [], []
-        for part, target in zip(x.split(ctx.rows), targets.split(ctx.rows)):
-            logprobs = TokenLogprobs.softmax(ctx, part, weight)
-            out.append(logprobs.gather(1, target[:, None])[:, 0])
-            if train and len(x) * len(weight) <= keep:
-                ctx.kept.append(logprobs)
-        ctx.save_for_backward(x, weight, targets)
-        return torch.cat(out)
-
-    @staticmethod
-    def softmax(ctx, x, weight):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=ctx.narrow):
-            logits = project(x, weight, ctx.narrow)
-        return (logits if ctx.temperature == 1 else logits / ctx.temperature).log_softmax(-1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, targets = ctx.saved_tensors
-        operand = torch.bfloat16 if ctx.narrow else torch.promote_types(x.dtype, torch.float32)
-        table, d_x = weight.to(operand), torch.empty_like(x)
-        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(operand, torch.float32))
-        for part, target, g, d_part in zip(*(t.split(ctx.rows) for t in (x, targets, grad, d_x))):
-            logprobs = ctx.kept.pop(0) if ctx.kept else TokenLogprobs.softmax(ctx, part, weight)
-            g = g[:, None] / ctx.temperature
-            d = logprobs.exp_().mul_(-g).scatter_add_(1, target[:, None], g).to(operand)
-            d_part.copy_(d @ table)
-            if ctx.narrow:                          # summed over the chunks in fp32
-                d_weight += d.t() @ part.to(operand)
-            else:
-                d_weight.addmm_(d.t(), part.to(operand))
-        return d_x, d_weight.to(weight.dtype), *[None] * 6
 
 
 def at_least_fp32(x):
@@ -1028,6 +964,71 @@ def shard_like(full, mine):
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(full.to(mine.device), mine.device_mesh, mine.placements,
                              src_data_rank=None)       # every rank has read the file
+
+
+class NormRotate(torch.autograd.Function):
+    """rotate(rms_norm(x, weight, eps), cos, sin): RMSNorm (Zhang & Sennrich 2019) of each head's q
+    or k (Henry et al. 2020) and RoPE in half of the passes that autograd would make."""
+
+    @staticmethod
+    def forward(ctx, x, weight, cos, sin, eps):
+        half = x.shape[-1] // 2
+        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, cos, sin, scale)
+        y = (x * (weight * cos)).addcmul_(x.roll(half, dims=-1), weight.roll(half) * sin)
+        return y.mul_(scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, cos, sin, scale = ctx.saved_tensors
+        grad = grad * scale
+        back = (grad * sin).roll(x.shape[-1] // 2, dims=-1).addcmul_(grad, cos)   # turned back
+        each = x * back                                                # d loss / d weight, unsummed
+        along = (each @ weight)[..., None] * scale ** 2 / x.shape[-1]  # x's length changes nothing
+        d_weight = each.sum(tuple(range(x.ndim - 1)))
+        return back.mul_(weight).addcmul_(x, -along), d_weight, None, None, None
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(x @ weight.T / temperature) at the targets: x (N, C), weight (V, C), targets (N,)
+    -> (N,). The softmax runs over `chunk` logits at a time. Up to `keep` of them wait for the
+    backward pass, where they become their own gradient; more are computed again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, temperature, narrow, chunk, keep, train):
+        ctx.rows = max(1, chunk // len(weight))
+        ctx.narrow = narrow and torch.is_autocast_enabled(x.device.type)
+        ctx.temperature, ctx.kept, out = temperature, [], []
+        for part, target in zip(x.split(ctx.rows), targets.split(ctx.rows)):
+            logprobs = TokenLogprobs.softmax(ctx, part, weight)
+            out.append(logprobs.gather(1, target[:, None])[:, 0])
+            if train and len(x) * len(weight) <= keep:
+                ctx.kept.append(logprobs)
+        ctx.save_for_backward(x, weight, targets)
+        return torch.cat(out)
+
+    @staticmethod
+    def softmax(ctx, x, weight):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=ctx.narrow):
+            logits = project(x, weight, ctx.narrow)
+        return (logits if ctx.temperature == 1 else logits / ctx.temperature).log_softmax(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, targets = ctx.saved_tensors
+        operand = torch.bfloat16 if ctx.narrow else torch.promote_types(x.dtype, torch.float32)
+        table, d_x = weight.to(operand), torch.empty_like(x)
+        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(operand, torch.float32))
+        for part, target, g, d_part in zip(*(t.split(ctx.rows) for t in (x, targets, grad, d_x))):
+            logprobs = ctx.kept.pop(0) if ctx.kept else TokenLogprobs.softmax(ctx, part, weight)
+            g = g[:, None] / ctx.temperature
+            d = logprobs.exp_().mul_(-g).scatter_add_(1, target[:, None], g).to(operand)
+            d_part.copy_(d @ table)
+            if ctx.narrow:                          # summed over the chunks in fp32
+                d_weight += d.t() @ part.to(operand)
+            else:
+                d_weight.addmm_(d.t(), part.to(operand))
+        return d_x, d_weight.to(weight.dtype), *[None] * 6
 
 
 # ---------------------------------------------------------------------------- checkpoints
