@@ -6,9 +6,11 @@
     loss = mean over tokens of - min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
            + vf_coef / 2 * max((V_t - return_t)^2, (clip(V_t, V_old +- eps) - return_t)^2)
 
-PPO (Schulman et al. 2017, eq. 7; GAE 2015, eq. 16). Against 04_rlvr.py: a value head instead of the
-group, 06's score instead of the verifier, the KL in the reward (k1) instead of in the loss; the
-sections that differ: config, data, loss, training.
+PPO (Schulman et al. 2017, eq. 7; GAE 2015, eq. 16; the clipped value loss and its 1/2 are common
+practice, in neither paper), the KL in the reward (Ziegler et al. 2019; Ouyang et al. 2022, eq. 2;
+k1 of Schulman 2020). Against 04_rlvr.py: a value head instead of the group, 06's score instead of
+the verifier, the KL in the reward instead of in the loss; the sections that differ: config, data,
+loss, training.
     torchrun --nproc_per_node=4 05_ppo.py --beta 0.1
 """
 import math, os
@@ -16,9 +18,9 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from model import (all_sum, at_least_fp32, autocast, by_length, cli, diverged, encode_rows,
-                   generate, load, load_strict, make_optimizers, pad, read_rows, resume,
-                   sample_rows, save_checkpoint, setup, shift, split, verify, wrap)
+from model import (all_max, all_sum, at_least_fp32, autocast, by_length, cli, diverged, encode_rows,
+                   fail, generate, load, load_strict, make_optimizers, pad, read_rows, resume,
+                   sample_rows, sampler_gap, save_checkpoint, setup, shift, split, verify, wrap)
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,6 +49,7 @@ class Config:
     lam: float = 0.95           # GAE: 1 trusts rewards, 0 values
     vf_coef: float = 0.1        # weight of the value loss
     lr: float = 1e-4            # AdamW's learning rate
+    weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 0             # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
     eval_every: int = 10        # steps between evaluations
@@ -72,14 +75,16 @@ def read(cfg, name, tokenizer, model):
 
 
 def rollout(cfg, model, scorer, tokenizer, prompts, step, rank, world):
-    """This rank's P prompts -> rollouts [(ids, completion_mask)], rewards (P,), metrics."""
+    """P prompts -> rollouts [(ids, completion_mask, logprobs)], rewards (P,), metrics."""
     numbers = [i * world + rank for i in range(len(prompts))]
     completions, logprobs = generate(model, [ids for ids, _ in prompts], cfg.max_new,
                                      tokenizer.end, cfg.temperature, cfg.seed, step, numbers)
-    rollouts = [(p + c, [0] * len(p) + [1] * len(c)) for (p, _), c in zip(prompts, completions)]
+    rollouts = [(p + c, [0] * len(p) + [1] * len(c), [0.0] * len(p) + drawn)
+                for (p, _), c, drawn in zip(prompts, completions, logprobs)]
     rewards = torch.cat([scorer(rows) for rows in split(rollouts, cfg.micro_batch)]).cpu()
     cut = torch.tensor([c[-1] != tokenizer.end for c in completions])
-    rewards = torch.where(cut, -1.0, rewards)       # never stopping must not pay: below the mean
+    worst = -all_max(-min([-1.0, *rewards[~cut].tolist()]))
+    rewards = torch.where(cut, worst, rewards)      # never stopping must not pay
     right = sum(verify(tokenizer.decode(c), answer) == 1         # watched, never rewarded
                 for c, (_, answer) in zip(completions, prompts))
     total = all_sum(n=len(prompts), reward=rewards.sum(), length=sum(map(len, completions)),
@@ -90,9 +95,10 @@ def rollout(cfg, model, scorer, tokenizer, prompts, step, rank, world):
 
 
 def collate(rows, device):
-    """[(ids, completion_mask, reward)] -> (B, T), (B, T), (B,)."""
-    ids, masks, rewards = zip(*rows)
-    return pad(ids, device), pad(masks, device), torch.stack(rewards).to(device)
+    """[(ids, completion_mask, logprobs, reward)] -> (B, T) thrice, (B,)."""
+    ids, masks, logprobs, rewards = zip(*rows)
+    return (pad(ids, device), pad(masks, device), pad(logprobs, device),
+            torch.stack(rewards).to(device))
 
 
 # ---------------------------------------------------------------------------- loss
@@ -109,8 +115,8 @@ class RewardModel(nn.Module):
     def forward(self, ids, completion_mask):
         T = ids.shape[1]
         last = T - 1 - completion_mask.flip(1).argmax(1)     # by the mask, whatever the padding is
-        hidden = self.model.forward_hidden(ids)
-        return self.head(hidden[torch.arange(len(ids), device=ids.device), last])[:, 0]
+        hidden = self.model.forward_hidden(ids)[torch.arange(len(ids), device=ids.device), last]
+        return (at_least_fp32(hidden) * self.head.weight).sum(-1) + self.head.bias
 
 
 class ActorCritic(nn.Module):
@@ -125,7 +131,7 @@ class ActorCritic(nn.Module):
     def forward(self, ids, targets, temperature):
         hidden = self.model.forward_hidden(ids)
         logprobs = self.model.token_logprobs(hidden, targets, temperature)
-        return logprobs, at_least_fp32(self.value(hidden))[..., 0]
+        return logprobs, (at_least_fp32(hidden) * self.value.weight).sum(-1) + self.value.bias
 
 
 def gae(rewards, values, completion_mask, gamma, lam):
@@ -177,27 +183,34 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, co
 def main(cfg):
     rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
-    ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
+    ref = load(cfg.init, device)[0].requires_grad_(False)
+    model.fp32_head = ref.fp32_head = True     # sampler and trainer agree: MiniMax-M1, ScaleRL
+    ref = wrap(ref)
     reward_model, _, parts = load(cfg.reward, device, "reward", tokenizer)
     reward_model = RewardModel(reward_model, parts["head"]).to(device).requires_grad_(False)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
+    longest = max(len(ids) for ids, _ in train) + cfg.max_new
+    if reward_model.model.cfg.block_size < longest:
+        fail(f"{cfg.reward} reads {reward_model.model.cfg.block_size} tokens, and a prompt with "
+             f"its completion may have {longest}: lower --max_new")
     actor = ActorCritic(model).to(device)
     ddp = wrap(actor)
-    optimizers = make_optimizers([actor], cfg.lr, betas=(0.9, 0.99), eps=1e-5)
+    optimizers = make_optimizers([actor], cfg.lr, weight_decay=cfg.weight_decay,
+                                 betas=(0.9, 0.99), eps=1e-5)
     modules = {"model": model, "value": actor.value}
     first, log = resume(cfg, modules, optimizers, prompts=len(train))
 
     def scorer(rows):
         """Scores in units of their spread over 06's held-out pairs, whose mean is 0."""
         with torch.no_grad(), autocast(device):
-            ids, masks = zip(*rows)
+            ids, masks, *_ = zip(*rows)
             scores = reward_model(pad(ids, device), pad(masks, device))
         return (at_least_fp32(scores) - parts["val_mean"]) / parts["val_std"]
 
     def prepare(rows):
         """Old log-probs and values in the micro-batches, padding, temperature and precision of the
         update, so that the first ratio is exactly 1."""
-        ids, completion_mask, rewards = collate(rows, device)
+        ids, completion_mask, sampled, rewards = collate(rows, device)
         ids, targets, mask = shift(ids, completion_mask)
         with torch.no_grad(), autocast(device):
             old_logprobs, old_values = actor(ids, targets, cfg.temperature)
@@ -205,9 +218,10 @@ def main(cfg):
         last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
         rewards = -cfg.beta * kl + F.one_hot(last, mask.shape[1]) * rewards[:, None]
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        return ids, targets, old_logprobs, old_values, advantages, returns, mask, kl
+        return (ids, targets, sampled[:, 1:], old_logprobs, old_values, advantages, returns, mask,
+                kl)
 
-    def objective(ids, targets, *rest):
+    def objective(ids, targets, _, *rest):
         return ppo_loss(*ddp(ids, targets, cfg.temperature), *rest, cfg.clip_eps, cfg.vf_coef)
 
     for step in range(first, cfg.steps):
@@ -217,6 +231,7 @@ def main(cfg):
         rows = [(*r, reward) for r, reward in zip(rollouts, rewards)]
         minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
+        metrics |= sampler_gap([b for m in minibatches for b in m])
         batches, done = [b for m in minibatches for b in m], Counter()
         kl = all_sum(kl=sum(float(b[-1].sum()) for b in batches))["kl"]
         metrics["kl"] = kl / metrics["sampled_tokens"]

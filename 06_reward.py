@@ -12,9 +12,9 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from model import (all_sum, at_least_fp32, autocast, by_length, cli, diverged, encode_rows, load,
-                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
-                   wrap)
+from model import (all_sum, at_least_fp32, autocast, by_length, cli, diverged, encode_rows, fail,
+                   load, make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint,
+                   setup, wrap)
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -107,6 +107,9 @@ def main(cfg):
     model, tokenizer, _ = load(cfg.init, device)
     scorer = RewardModel(model).to(device)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
+    if len(val) < 8:
+        fail(f"{cfg.data}/{cfg.val}: {len(val)} pairs are too few for the mean and std of the "
+             "scores, in which 05_ppo.py counts: 8 at least")
     ddp = wrap(scorer)
     optimizers = make_optimizers([scorer], cfg.lr, weight_decay=cfg.weight_decay)
     modules = {"model": model, "head": scorer.head}

@@ -370,6 +370,16 @@ def all_sum(**numbers):
     return dict(zip(numbers, t.tolist()))
 
 
+def all_max(number):
+    """The largest of the ranks' numbers."""
+    if not dist.is_initialized():
+        return number
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    t = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(t, dist.ReduceOp.MAX)
+    return float(t)
+
+
 def all_agree(step):
     """Leave unless all ranks have read the same files and stand at the same step: two machines may
     see two disks, and would then train two runs as if they were one."""

@@ -23,7 +23,7 @@ from dataclasses import InitVar, asdict, dataclass, fields
 from decimal import Decimal
 
 from frame import (FIRST, ON_CTRL_C, RANGES, SWITCHES, Log, Parser, Progress,  # noqa: F401
-                   all_agree, all_sum, append, begin, believing, cannot_read, cannot_write,
+                   all_agree, all_max, all_sum, append, begin, believing, cannot_read, cannot_write,
                    check_ranges, claim, cli, command_for, diverged, fail, file_hashes,
                    init_distributed, interrupt, interrupted, last_words, parse_json,
                    pick_device, read_bytes, read_json, release, say, script_of, setup,
@@ -431,6 +431,16 @@ def prefill(model, cache, prompts, slot):
         whole[:, slot : slot + len(prompts), :, : ids.shape[1]] = new[:, inverse]
     last = torch.tensor([len(p) - 1 for p in unique], device=ids.device)
     return model.logits(hidden[torch.arange(len(unique), device=ids.device), last])[inverse]
+
+
+def sampler_gap(batches):
+    """How far the sampler's log-probs are from the trainer's, which should be the same: mean and
+    largest |difference| a token, over ranks. batches: [(ids, targets, sampled, old_logprobs, ...)],
+    each (B, T); targets below 0 do not count. A ratio carries the gap as if it were an update."""
+    gaps = torch.cat([(old - sampled).abs()[targets >= 0]
+                      for _, targets, sampled, old, *_ in batches])
+    total = all_sum(gap=gaps.sum(), count=len(gaps))
+    return {"gap": total["gap"] / total["count"], "gap_max": all_max(float(gaps.max()))}
 
 
 # ---------------------------------------------------------------------------- tokenizers

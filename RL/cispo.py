@@ -5,9 +5,11 @@
     ratio_t     = p(o_t) / p_old(o_t)
     loss = - mean over tokens of  sg[min(ratio_t, 1 + eps_high)] A_i log p(o_t)
 
-CISPO (MiniMax-M1 2025, eq. 4-5; no lower clip, as the paper ran it). Against 04_rlvr.py: the ratio
-is a detached weight on log p, the mean is over tokens, no KL and so no reference; the paper's
-dynamic sampling and length penalty are dapo.py's; the sections that differ: config, loss, training.
+CISPO (MiniMax-M1 2025, eq. 4-5; no lower clip, as the paper ran it; it names no upper one: 0.28 is
+DAPO's, ScaleRL takes 5; its mean is over a group's tokens, here over a minibatch's). Against
+04_rlvr.py: the ratio is a detached weight on log p, the mean is over tokens, no KL and so no
+reference; the paper's dynamic sampling and length penalty are dapo.py's; the sections that differ:
+config, loss, training.
     torchrun --nproc_per_node=4 RL/cispo.py --clip_eps_high 1.0
 """
 import math, os
@@ -16,8 +18,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, generate, load,
-                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
-                   shift, split, verify, wrap)
+                   make_optimizers, pad, read_rows, resume, sample_rows, sampler_gap,
+                   save_checkpoint, setup, shift, split, verify, wrap)
 import torch
 from torch import nn
 
@@ -41,6 +43,7 @@ class Config:
     temperature: float = 1.0    # of the samples, and of every log-prob
     clip_eps_high: float = 0.28 # how far a ratio may rise above 1
     lr: float = 1e-4            # AdamW's learning rate
+    weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 0             # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
     eval_every: int = 10        # steps between evaluations
@@ -66,7 +69,7 @@ def read(cfg, name, tokenizer, model):
 
 
 def rollout(cfg, model, tokenizer, prompts, step, rank, world):
-    """This rank's P prompts -> rollouts [(ids, completion_mask)], rewards (P, G), metrics."""
+    """P prompts -> rollouts [(ids, completion_mask, logprobs)], rewards (P, G), metrics."""
     G = cfg.group_size
     numbers = [(i * world + rank) * G + g for i in range(len(prompts)) for g in range(G)]
     asked = [prompt for prompt in prompts for _ in range(G)]
@@ -74,7 +77,8 @@ def rollout(cfg, model, tokenizer, prompts, step, rank, world):
                                      cfg.temperature, cfg.seed, step, numbers)
     scores = [verify(tokenizer.decode(c), answer) for c, (_, answer) in zip(completions, asked)]
     rewards = torch.tensor([s or 0.0 for s in scores]).view(-1, G)
-    rollouts = [(p + c, [0] * len(p) + [1] * len(c)) for (p, _), c in zip(asked, completions)]
+    rollouts = [(p + c, [0] * len(p) + [1] * len(c), [0.0] * len(p) + drawn)
+                for (p, _), c, drawn in zip(asked, completions, logprobs)]
     cut = sum(c[-1] != tokenizer.end for c in completions)     # truncated: no <|end|>, no reward
     total = all_sum(n=len(scores), reward=rewards.sum(), length=sum(map(len, completions)),
                     entropy=-sum(map(sum, logprobs)),
@@ -86,9 +90,10 @@ def rollout(cfg, model, tokenizer, prompts, step, rank, world):
 
 
 def collate(rows, device):
-    """[(ids, completion_mask, advantage)] -> (B, T), (B, T), (B,)."""
-    ids, masks, advantages = zip(*rows)
-    return pad(ids, device), pad(masks, device), torch.stack(advantages).to(device)
+    """[(ids, completion_mask, logprobs, advantage)] -> (B, T) thrice, (B,)."""
+    ids, masks, logprobs, advantages = zip(*rows)
+    return (pad(ids, device), pad(masks, device), pad(logprobs, device),
+            torch.stack(advantages).to(device))
 
 
 # ---------------------------------------------------------------------------- loss
@@ -121,9 +126,11 @@ def cispo_loss(logprobs, old_logprobs, advantages, completion_mask, clip_eps_hig
 def main(cfg):
     rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
+    model.fp32_head = True                     # sampler and trainer agree: MiniMax-M1, ScaleRL
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
-    optimizers = make_optimizers([model], cfg.lr, betas=(0.9, 0.99))
+    optimizers = make_optimizers([model], cfg.lr, weight_decay=cfg.weight_decay,
+                                 betas=(0.9, 0.99))
     first, log = resume(cfg, {"model": model}, optimizers, prompts=len(train))
 
     def score(module, ids, targets):
@@ -133,11 +140,11 @@ def main(cfg):
             return module(ids, targets, cfg.temperature)
 
     def prepare(rows):
-        ids, completion_mask, advantages = collate(rows, device)
+        ids, completion_mask, sampled, advantages = collate(rows, device)
         ids, targets, mask = shift(ids, completion_mask)
-        return ids, targets, score(model, ids, targets), advantages, mask
+        return ids, targets, sampled[:, 1:], score(model, ids, targets), advantages, mask
 
-    def objective(ids, targets, *rest):
+    def objective(ids, targets, _, *rest):
         return cispo_loss(ddp(ids, targets, cfg.temperature), *rest, cfg.clip_eps_high)
 
     for step in range(first, cfg.steps):
@@ -148,6 +155,7 @@ def main(cfg):
         rows = [(*r, a) for r, a in zip(rollouts, advantages)]
         minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
+        metrics |= sampler_gap([b for m in minibatches for b in m])
         done = Counter()
         for minibatch in minibatches * cfg.epochs:
             done.update(update(cfg, step, ddp, optimizers, minibatch, objective))

@@ -6,9 +6,10 @@
     ratio_t     = p(o_t) / p_old(o_t)
     loss = - mean over tokens of  min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps_high) A_i)
 
-DAPO (Yu et al. 2025, eq. 8-13; r is 1 or -1 there). Against 04_rlvr.py: dynamic sampling, a wider
-clip upwards, a mean over tokens, a soft price on the last tokens before the cut, no KL and so no
-reference; the sections that differ: config, data, loss, training.
+DAPO (Yu et al. 2025, eq. 8-13; there r is 1 or -1, so the overlong price weighs half as much, and
+the mean is over a group's tokens, here over a minibatch's). Against 04_rlvr.py: dynamic sampling, a
+wider clip upwards, a mean over tokens, a soft price on the last tokens before the cut, no KL and so
+no reference; the sections that differ: config, data, loss, training.
     torchrun --nproc_per_node=4 RL/dapo.py --group_size 16
 """
 import math, os
@@ -17,8 +18,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, fail, generate, load,
-                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
-                   shift, split, verify, wrap)
+                   make_optimizers, pad, read_rows, resume, sample_rows, sampler_gap,
+                   save_checkpoint, setup, shift, split, verify, wrap)
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -46,6 +47,7 @@ class Config:
     clip_eps: float = 0.2       # how far a ratio may move from 1
     clip_eps_high: float = 0.28 # wider: a rare token of a right completion may grow
     lr: float = 1e-4            # AdamW's learning rate
+    weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 0             # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
     eval_every: int = 10        # steps between evaluations
@@ -71,7 +73,7 @@ def read(cfg, name, tokenizer, model):
 
 
 def rollout(cfg, model, tokenizer, prompts, step, rank, world):
-    """This rank's P prompts -> rollouts [(ids, completion_mask)], rewards (P, G), sums."""
+    """P prompts -> rollouts [(ids, completion_mask, logprobs)], rewards (P, G), sums."""
     G = cfg.group_size
     numbers = [(i * world + rank) * G + g for i in range(len(prompts)) for g in range(G)]
     asked = [prompt for prompt in prompts for _ in range(G)]
@@ -79,7 +81,8 @@ def rollout(cfg, model, tokenizer, prompts, step, rank, world):
                                      cfg.temperature, cfg.seed, step, numbers)
     scores = [verify(tokenizer.decode(c), answer) for c, (_, answer) in zip(completions, asked)]
     rewards = torch.tensor([s or 0.0 for s in scores]).view(-1, G)
-    rollouts = [(p + c, [0] * len(p) + [1] * len(c)) for (p, _), c in zip(asked, completions)]
+    rollouts = [(p + c, [0] * len(p) + [1] * len(c), [0.0] * len(p) + drawn)
+                for (p, _), c, drawn in zip(asked, completions, logprobs)]
     cut = sum(c[-1] != tokenizer.end for c in completions)     # truncated: no <|end|>, no reward
     total = all_sum(n=len(scores), reward=rewards.sum(), length=sum(map(len, completions)),
                     entropy=-sum(map(sum, logprobs)),
@@ -110,7 +113,7 @@ def full_batch(cfg, model, tokenizer, train, step, rank, world):
         fail(f"step {step + 1}: no prompt of {rounds} rounds has right and wrong completions, so "
              f"there is nothing to learn; what {cfg.out} holds is intact. Use other prompts, "
              "--init or a larger --group_size, and another --out")
-    groups = (kept + discarded)[:cfg.batch_size][rank::world]     # at the cap: go on as GRPO would
+    groups = (kept + discarded)[:cfg.batch_size][rank::world]     # at the cap: without signal
     rollouts = [row for group, _ in groups for row in group]
     rewards = torch.tensor([scores for _, scores in groups])
     n, entropy = total.pop("n"), total.pop("entropy") / total["length"]
@@ -119,9 +122,10 @@ def full_batch(cfg, model, tokenizer, train, step, rank, world):
 
 
 def collate(rows, device):
-    """[(ids, completion_mask, advantage)] -> (B, T), (B, T), (B,)."""
-    ids, masks, advantages = zip(*rows)
-    return pad(ids, device), pad(masks, device), torch.stack(advantages).to(device)
+    """[(ids, completion_mask, logprobs, advantage)] -> (B, T) thrice, (B,)."""
+    ids, masks, logprobs, advantages = zip(*rows)
+    return (pad(ids, device), pad(masks, device), pad(logprobs, device),
+            torch.stack(advantages).to(device))
 
 
 # ---------------------------------------------------------------------------- loss
@@ -164,9 +168,11 @@ def main(cfg):
         fail(f"--overlong {cfg.overlong} must be below --max_new {cfg.max_new}: else every "
              "completion is punished")
     model, tokenizer, _ = load(cfg.init, device)
+    model.fp32_head = True                     # sampler and trainer agree: MiniMax-M1, ScaleRL
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
-    optimizers = make_optimizers([model], cfg.lr, betas=(0.9, 0.99))
+    optimizers = make_optimizers([model], cfg.lr, weight_decay=cfg.weight_decay,
+                                 betas=(0.9, 0.99))
     first, log = resume(cfg, {"model": model}, optimizers, prompts=len(train))
 
     def score(module, ids, targets):
@@ -176,21 +182,23 @@ def main(cfg):
             return module(ids, targets, cfg.temperature)
 
     def prepare(rows):
-        ids, completion_mask, advantages = collate(rows, device)
+        ids, completion_mask, sampled, advantages = collate(rows, device)
         ids, targets, mask = shift(ids, completion_mask)
-        return ids, targets, score(model, ids, targets), advantages, mask
+        return ids, targets, sampled[:, 1:], score(model, ids, targets), advantages, mask
 
-    def objective(ids, targets, *rest):
+    def objective(ids, targets, _, *rest):
         return dapo_loss(ddp(ids, targets, cfg.temperature), *rest, cfg.clip_eps, cfg.clip_eps_high)
 
     for step in range(first, cfg.steps):
         rollouts, rewards, metrics = full_batch(cfg, model, tokenizer, train, step, rank, world)
-        lengths = torch.tensor([sum(mask) for _, mask in rollouts]).view_as(rewards)
+        lengths = torch.tensor([sum(mask) for _, mask, _ in rollouts]).view_as(rewards)
+        same = (rewards == rewards[:, :1]).all(1, keepdim=True)       # at the cap: lengths alone
         rewards = rewards + overlong_penalty(lengths, cfg.max_new, cfg.overlong)
-        advantages = group_advantages(rewards).flatten()
+        advantages = group_advantages(rewards).masked_fill(same, 0.0).flatten()
         rows = [(*r, a) for r, a in zip(rollouts, advantages)]
         minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
+        metrics |= sampler_gap([b for m in minibatches for b in m])
         done = Counter()
         for minibatch in minibatches * cfg.epochs:
             done.update(update(cfg, step, ddp, optimizers, minibatch, objective))

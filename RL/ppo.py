@@ -6,8 +6,10 @@
     loss = mean over tokens of - min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
            + vf_coef / 2 * max((V_t - return_t)^2, (clip(V_t, V_old +- eps) - return_t)^2)
 
-PPO (Schulman et al. 2017, eq. 7; GAE 2015, eq. 16). Against 05_ppo.py: the verifier's 1 or 0 is the
-score, in place of 06's; the sections that differ: config, data, loss, training.
+PPO (Schulman et al. 2017, eq. 7; GAE 2015, eq. 16; the KL in the reward: Ziegler et al. 2019; the
+clipped value loss and its 1/2 are common practice, in neither paper). Against 05_ppo.py: the
+verifier's 1 or 0 is the score, in place of 06's; the sections that differ: config, data, loss,
+training.
     torchrun --nproc_per_node=4 RL/ppo.py --beta 0.02
 """
 import math, os
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 
 from model import (all_sum, at_least_fp32, autocast, by_length, cli, diverged, encode_rows,
                    generate, load, make_optimizers, pad, read_rows, resume, sample_rows,
-                   save_checkpoint, setup, shift, split, verify, wrap)
+                   sampler_gap, save_checkpoint, setup, shift, split, verify, wrap)
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,6 +47,7 @@ class Config:
     lam: float = 0.95           # GAE: 1 trusts rewards, 0 values
     vf_coef: float = 0.1        # weight of the value loss
     lr: float = 1e-4            # AdamW's learning rate
+    weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 0             # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
     eval_every: int = 10        # steps between evaluations
@@ -70,11 +73,12 @@ def read(cfg, name, tokenizer, model):
 
 
 def rollout(cfg, model, tokenizer, prompts, step, rank, world):
-    """This rank's P prompts -> rollouts [(ids, completion_mask)], rewards (P,), metrics."""
+    """P prompts -> rollouts [(ids, completion_mask, logprobs)], rewards (P,), metrics."""
     numbers = [i * world + rank for i in range(len(prompts))]
     completions, logprobs = generate(model, [ids for ids, _ in prompts], cfg.max_new,
                                      tokenizer.end, cfg.temperature, cfg.seed, step, numbers)
-    rollouts = [(p + c, [0] * len(p) + [1] * len(c)) for (p, _), c in zip(prompts, completions)]
+    rollouts = [(p + c, [0] * len(p) + [1] * len(c), [0.0] * len(p) + drawn)
+                for (p, _), c, drawn in zip(prompts, completions, logprobs)]
     scores = [verify(tokenizer.decode(c), answer) for c, (_, answer) in zip(completions, prompts)]
     rewards = torch.tensor([s or 0.0 for s in scores])
     cut = sum(c[-1] != tokenizer.end for c in completions)     # truncated: no <|end|>, no reward
@@ -87,9 +91,10 @@ def rollout(cfg, model, tokenizer, prompts, step, rank, world):
 
 
 def collate(rows, device):
-    """[(ids, completion_mask, reward)] -> (B, T), (B, T), (B,)."""
-    ids, masks, rewards = zip(*rows)
-    return pad(ids, device), pad(masks, device), torch.stack(rewards).to(device)
+    """[(ids, completion_mask, logprobs, reward)] -> (B, T) thrice, (B,)."""
+    ids, masks, logprobs, rewards = zip(*rows)
+    return (pad(ids, device), pad(masks, device), pad(logprobs, device),
+            torch.stack(rewards).to(device))
 
 
 # ---------------------------------------------------------------------------- loss
@@ -107,7 +112,7 @@ class ActorCritic(nn.Module):
     def forward(self, ids, targets, temperature):
         hidden = self.model.forward_hidden(ids)
         logprobs = self.model.token_logprobs(hidden, targets, temperature)
-        return logprobs, at_least_fp32(self.value(hidden))[..., 0]
+        return logprobs, (at_least_fp32(hidden) * self.value.weight).sum(-1) + self.value.bias
 
 
 def gae(rewards, values, completion_mask, gamma, lam):
@@ -159,18 +164,21 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, co
 def main(cfg):
     rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
-    ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
+    ref = load(cfg.init, device)[0].requires_grad_(False)
+    model.fp32_head = ref.fp32_head = True     # sampler and trainer agree: MiniMax-M1, ScaleRL
+    ref = wrap(ref)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     actor = ActorCritic(model).to(device)
     ddp = wrap(actor)
-    optimizers = make_optimizers([actor], cfg.lr, betas=(0.9, 0.99), eps=1e-5)
+    optimizers = make_optimizers([actor], cfg.lr, weight_decay=cfg.weight_decay,
+                                 betas=(0.9, 0.99), eps=1e-5)
     modules = {"model": model, "value": actor.value}
     first, log = resume(cfg, modules, optimizers, prompts=len(train))
 
     def prepare(rows):
         """Old log-probs and values in the micro-batches, padding, temperature and precision of the
         update, so that the first ratio is exactly 1."""
-        ids, completion_mask, rewards = collate(rows, device)
+        ids, completion_mask, sampled, rewards = collate(rows, device)
         ids, targets, mask = shift(ids, completion_mask)
         with torch.no_grad(), autocast(device):
             old_logprobs, old_values = actor(ids, targets, cfg.temperature)
@@ -178,9 +186,10 @@ def main(cfg):
         last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
         rewards = -cfg.beta * kl + F.one_hot(last, mask.shape[1]) * rewards[:, None]
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        return ids, targets, old_logprobs, old_values, advantages, returns, mask, kl
+        return (ids, targets, sampled[:, 1:], old_logprobs, old_values, advantages, returns, mask,
+                kl)
 
-    def objective(ids, targets, *rest):
+    def objective(ids, targets, _, *rest):
         return ppo_loss(*ddp(ids, targets, cfg.temperature), *rest, cfg.clip_eps, cfg.vf_coef)
 
     for step in range(first, cfg.steps):
@@ -190,6 +199,7 @@ def main(cfg):
         rows = [(*r, reward) for r, reward in zip(rollouts, rewards)]
         minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
+        metrics |= sampler_gap([b for m in minibatches for b in m])
         batches, done = [b for m in minibatches for b in m], Counter()
         kl = all_sum(kl=sum(float(b[-1].sum()) for b in batches))["kl"]
         metrics["kl"] = kl / metrics["sampled_tokens"]

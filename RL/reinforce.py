@@ -17,8 +17,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, generate, load,
-                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
-                   shift, split, verify, wrap)
+                   make_optimizers, pad, read_rows, resume, sample_rows, sampler_gap,
+                   save_checkpoint, setup, shift, split, verify, wrap)
 import torch
 from torch import nn
 
@@ -41,6 +41,7 @@ class Config:
     temperature: float = 1.0    # of the samples, and of every log-prob
     beta: float = 0.02          # strength of the KL to the start
     lr: float = 1e-4            # AdamW's learning rate
+    weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 0             # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
     eval_every: int = 10        # steps between evaluations
@@ -66,7 +67,7 @@ def read(cfg, name, tokenizer, model):
 
 
 def rollout(cfg, model, tokenizer, prompts, step, rank, world):
-    """This rank's P prompts -> rollouts [(ids, completion_mask)], rewards (P, G), metrics."""
+    """P prompts -> rollouts [(ids, completion_mask, logprobs)], rewards (P, G), metrics."""
     G = cfg.group_size
     numbers = [(i * world + rank) * G + g for i in range(len(prompts)) for g in range(G)]
     asked = [prompt for prompt in prompts for _ in range(G)]
@@ -74,7 +75,8 @@ def rollout(cfg, model, tokenizer, prompts, step, rank, world):
                                      cfg.temperature, cfg.seed, step, numbers)
     scores = [verify(tokenizer.decode(c), answer) for c, (_, answer) in zip(completions, asked)]
     rewards = torch.tensor([s or 0.0 for s in scores]).view(-1, G)
-    rollouts = [(p + c, [0] * len(p) + [1] * len(c)) for (p, _), c in zip(asked, completions)]
+    rollouts = [(p + c, [0] * len(p) + [1] * len(c), [0.0] * len(p) + drawn)
+                for (p, _), c, drawn in zip(asked, completions, logprobs)]
     cut = sum(c[-1] != tokenizer.end for c in completions)     # truncated: no <|end|>, no reward
     total = all_sum(n=len(scores), reward=rewards.sum(), length=sum(map(len, completions)),
                     entropy=-sum(map(sum, logprobs)),
@@ -86,9 +88,10 @@ def rollout(cfg, model, tokenizer, prompts, step, rank, world):
 
 
 def collate(rows, device):
-    """[(ids, completion_mask, advantage)] -> (B, T), (B, T), (B,)."""
-    ids, masks, advantages = zip(*rows)
-    return pad(ids, device), pad(masks, device), torch.stack(advantages).to(device)
+    """[(ids, completion_mask, logprobs, advantage)] -> (B, T) thrice, (B,)."""
+    ids, masks, logprobs, advantages = zip(*rows)
+    return (pad(ids, device), pad(masks, device), pad(logprobs, device),
+            torch.stack(advantages).to(device))
 
 
 # ---------------------------------------------------------------------------- loss
@@ -103,9 +106,9 @@ def reinforce_loss(logprobs, ref_logprobs, advantages, completion_mask, beta):
     """(B, T-1) twice, (B,), (B, T-1) -> sum over completions of their token sums, their number,
     metrics. The log-prob of a completion is a sum: a mean would make long ones matter less.
 
-    The value of k3 estimates KL(p || ref); as a loss its gradient on p's own samples is, token by
-    token, that of KL(ref || p) (k1 would have none in expectation). It is the form that GRPO uses;
-    at beta 0.02 a weak anchor.
+    The value of k3 (Schulman 2020) estimates KL(p || ref); as a loss its gradient on p's own
+    samples is, token by token, that of KL(ref || p) (k1 would have none in expectation). It is the
+    form that GRPO uses; at beta 0.02 a weak anchor.
     """
     A, length = advantages[:, None], completion_mask.sum(1)
     d = ref_logprobs - logprobs
@@ -124,10 +127,13 @@ def reinforce_loss(logprobs, ref_logprobs, advantages, completion_mask, beta):
 def main(cfg):
     rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
-    ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
+    ref = load(cfg.init, device)[0].requires_grad_(False)
+    model.fp32_head = ref.fp32_head = True     # sampler and trainer agree: MiniMax-M1, ScaleRL
+    ref = wrap(ref)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
-    optimizers = make_optimizers([model], cfg.lr, betas=(0.9, 0.99))
+    optimizers = make_optimizers([model], cfg.lr, weight_decay=cfg.weight_decay,
+                                 betas=(0.9, 0.99))
     first, log = resume(cfg, {"model": model}, optimizers, prompts=len(train))
 
     def score(module, ids, targets):
@@ -136,11 +142,12 @@ def main(cfg):
             return module(ids, targets, cfg.temperature)
 
     def prepare(rows):
-        ids, completion_mask, advantages = collate(rows, device)
+        ids, completion_mask, sampled, advantages = collate(rows, device)
         ids, targets, mask = shift(ids, completion_mask)
-        return ids, targets, score(ref, ids, targets), advantages, mask
+        return (ids, targets, sampled[:, 1:], score(model, ids, targets), score(ref, ids, targets),
+                advantages, mask)
 
-    def objective(ids, targets, *rest):
+    def objective(ids, targets, _, __, *rest):
         return reinforce_loss(ddp(ids, targets, cfg.temperature), *rest, cfg.beta)
 
     for step in range(first, cfg.steps):
@@ -151,6 +158,7 @@ def main(cfg):
         rows = [(*r, a) for r, a in zip(rollouts, advantages)]
         minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
+        metrics |= sampler_gap([b for m in minibatches for b in m])
         done = Counter()
         for minibatch in minibatches:
             done.update(update(cfg, step, ddp, optimizers, minibatch, objective))

@@ -1,12 +1,12 @@
 """rloo.py: a completion is one action, and the others of its group are its baseline.
 
     r_i         = 1 if the verifier accepts completion i, else 0
-    R_i         = r_i - beta sum_t log(p_old(o_t) / p_ref(o_t))        (k1)
+    R_i         = r_i - beta sum_t log(p_old(o_t) / p_ref(o_t))        (k1; Schulman 2020)
     advantage_i = R_i - mean of the other R      over the group of one prompt
     ratio_i     = p(o_i) / p_old(o_i) = exp sum_t (log p(o_t) - log p_old(o_t))
     loss = - mean_i min(ratio_i A_i, clip(ratio_i, 1 - eps, 1 + eps) A_i)
 
-RLOO (Ahmadian et al. 2024, section 2.2; ratio and clip are PPO's, for batches that serve more than
+RLOO (Ahmadian et al. 2024, section 2.3; ratio and clip are PPO's, for batches that serve more than
 one step). Against 04_rlvr.py: leave-one-out instead of mean and std, the KL in the reward, one
 ratio a completion; the sections that differ: config, data, loss, training.
     torchrun --nproc_per_node=4 RL/rloo.py --group_size 4
@@ -17,8 +17,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from model import (all_sum, autocast, cli, diverged, encode_rows, generate, load, make_optimizers,
-                   pad, read_rows, resume, sample_rows, save_checkpoint, setup, shift, split,
-                   verify, wrap)
+                   pad, read_rows, resume, sample_rows, sampler_gap, save_checkpoint, setup, shift,
+                   split, verify, wrap)
 import torch
 from torch import nn
 
@@ -43,6 +43,7 @@ class Config:
     clip_eps: float = 0.2       # how far a ratio may move from 1
     beta: float = 0.02          # KL coefficient, in right answers a nat
     lr: float = 1e-4            # AdamW's learning rate
+    weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 0             # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
     eval_every: int = 10        # steps between evaluations
@@ -68,7 +69,7 @@ def read(cfg, name, tokenizer, model):
 
 
 def rollout(cfg, model, tokenizer, prompts, step, rank, world):
-    """This rank's P prompts -> rollouts [(ids, completion_mask)], rewards (P, G), metrics."""
+    """P prompts -> rollouts [(ids, completion_mask, logprobs)], rewards (P, G), metrics."""
     G = cfg.group_size
     numbers = [(i * world + rank) * G + g for i in range(len(prompts)) for g in range(G)]
     asked = [prompt for prompt in prompts for _ in range(G)]
@@ -76,7 +77,8 @@ def rollout(cfg, model, tokenizer, prompts, step, rank, world):
                                      cfg.temperature, cfg.seed, step, numbers)
     scores = [verify(tokenizer.decode(c), answer) for c, (_, answer) in zip(completions, asked)]
     rewards = torch.tensor([s or 0.0 for s in scores]).view(-1, G)
-    rollouts = [(p + c, [0] * len(p) + [1] * len(c)) for (p, _), c in zip(asked, completions)]
+    rollouts = [(p + c, [0] * len(p) + [1] * len(c), [0.0] * len(p) + drawn)
+                for (p, _), c, drawn in zip(asked, completions, logprobs)]
     cut = sum(c[-1] != tokenizer.end for c in completions)     # truncated: no <|end|>, no reward
     total = all_sum(n=len(scores), reward=rewards.sum(), length=sum(map(len, completions)),
                     entropy=-sum(map(sum, logprobs)),
@@ -88,9 +90,8 @@ def rollout(cfg, model, tokenizer, prompts, step, rank, world):
 
 
 def collate(rows, device):
-    """[(ids, completion_mask)] -> (B, T), (B, T)."""
-    ids, masks = zip(*rows)
-    return pad(ids, device), pad(masks, device)
+    """[(ids, completion_mask, logprobs)] -> (B, T) thrice."""
+    return tuple(pad(part, device) for part in zip(*rows))
 
 
 # ---------------------------------------------------------------------------- loss
@@ -107,7 +108,9 @@ def rloo_loss(logprobs, old_logprobs, advantages, completion_mask, clip_eps):
     """(B, T-1) twice, (B,), (B, T-1) -> sum over completions, their number,
     metrics. The min holds for both signs of A: it never rewards leaving the clip range.
     """
-    A, ratio = advantages, ((logprobs - old_logprobs) * completion_mask).sum(1).exp()
+    A, log_ratio = advantages, ((logprobs - old_logprobs) * completion_mask).sum(1)
+    # A sum over tokens: exp overflows from 89. Capped in value; the gradient keeps its direction.
+    ratio = (log_ratio - (log_ratio - 20).clamp(min=0).detach()).exp()
     surrogate = torch.min(ratio * A, ratio.clamp(1 - clip_eps, 1 + clip_eps) * A)
     clipped = ((ratio - 1) * A.sign() > clip_eps)
     return -surrogate.sum(), len(A), {"clip_frac": clipped.sum()}
@@ -119,10 +122,13 @@ def rloo_loss(logprobs, old_logprobs, advantages, completion_mask, clip_eps):
 def main(cfg):
     rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
-    ref = wrap(load(cfg.init, device)[0].requires_grad_(False))
+    ref = load(cfg.init, device)[0].requires_grad_(False)
+    model.fp32_head = ref.fp32_head = True     # sampler and trainer agree: MiniMax-M1, ScaleRL
+    ref = wrap(ref)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
-    optimizers = make_optimizers([model], cfg.lr, betas=(0.9, 0.99))
+    optimizers = make_optimizers([model], cfg.lr, weight_decay=cfg.weight_decay,
+                                 betas=(0.9, 0.99))
     first, log = resume(cfg, {"model": model}, optimizers, prompts=len(train))
 
     def score(module, ids, targets):
@@ -132,12 +138,13 @@ def main(cfg):
             return module(ids, targets, cfg.temperature)
 
     def prepare(rows):
-        ids, targets, mask = shift(*collate(rows, device))
+        ids, completion_mask, sampled = collate(rows, device)
+        ids, targets, mask = shift(ids, completion_mask)
         old_logprobs = score(model, ids, targets)
         kl = (old_logprobs - score(ref, ids, targets)).sum(1)        # 0 off the completion
-        return ids, targets, old_logprobs, kl, mask
+        return ids, targets, sampled[:, 1:], old_logprobs, kl, mask
 
-    def objective(ids, targets, *rest):
+    def objective(ids, targets, _, *rest):
         return rloo_loss(ddp(ids, targets, cfg.temperature), *rest, cfg.clip_eps)
 
     for step in range(first, cfg.steps):
@@ -146,10 +153,11 @@ def main(cfg):
             cfg, model, tokenizer, prompts[rank::world], step, rank, world)
         batches = [prepare(b) for m in split(rollouts, len(rollouts) // cfg.minibatches)
                    for b in split(m, cfg.micro_batch)]
-        kl = torch.cat([b[3] for b in batches]).view(rewards.shape)
+        metrics |= sampler_gap(batches)
+        kl = torch.cat([b[4] for b in batches]).view(rewards.shape)
         advantages = rloo_advantages(rewards.to(device) - cfg.beta * kl).flatten()
-        parts = advantages.split([len(b[3]) for b in batches])
-        batches = [(*b[:3], a, b[4]) for b, a in zip(batches, parts)]
+        parts = advantages.split([len(b[4]) for b in batches])
+        batches = [(*b[:4], a, b[5]) for b, a in zip(batches, parts)]
         minibatches = split(batches, len(batches) // cfg.minibatches)
         metrics["kl"] = all_sum(kl=kl.sum())["kl"] / metrics["sampled_tokens"]
         done = Counter()

@@ -185,8 +185,8 @@ put("cache-not-moved", "rows leave, and the others keep decoding with their neig
     "kernel.py::test_generate_in_fp32", "kernel.py::test_generate[gpt2-2.0]")
 
 put("stop-token-not-reinforced", "the sampled <|end|> has mask 0: stopping is never reinforced",
-    "04_rlvr.py", "rollouts = [(p + c, [0] * len(p) + [1] * len(c))",
-    "rollouts = [(p + c, [0] * len(p) + ([1] * (len(c) - 1) + [0] if c[1:] else [1]))",
+    "04_rlvr.py", "rollouts = [(p + c, [0] * len(p) + [1] * len(c),",
+    "rollouts = [(p + c, [0] * len(p) + ([1] * (len(c) - 1) + [0] if c[1:] else [1]),",
     "stages.py::test_rollout_of_04")
 
 put("groups-by-stride", "the group of a completion is taken from the order of rows", "04_rlvr.py",
@@ -421,8 +421,7 @@ put("token-mean-in-grpo", "long completions weigh more: the mean over all tokens
     "losses.py::test_grpo_gradient_at_ratio_one")
 
 put("grpo-reference-moves", "the reference follows the policy: no anchor", "04_rlvr.py",
-    "ref = wrap(load(cfg.init, device)[0].requires_grad_(False))", "ref = model",
-    "gaps.py::test_reference_stays[04_rlvr]")
+    "ref = wrap(ref)", "ref = model", "gaps.py::test_reference_stays[04_rlvr]")
 
 # ---------------------------------------------------------------------------- 05
 
@@ -462,12 +461,15 @@ put("kl-reward-sign", "leaving the reference is rewarded", "05_ppo.py",
     "rewards = -cfg.beta * kl +", "rewards = cfg.beta * kl +", "gaps.py::test_kl_in_the_reward")
 
 put("endless-completions-pay", "a completion without <|end|> keeps its score", "05_ppo.py",
-    "rewards = torch.where(cut, -1.0, rewards)", "rewards = torch.where(cut, rewards, rewards)",
+    "rewards = torch.where(cut, worst, rewards)", "rewards = torch.where(cut, rewards, rewards)",
+    "stages.py::test_rollout_of_05")
+
+put("cut-completions-at-minus-one", "the reward of a cut completion lies above a weak start's",
+    "05_ppo.py", "worst = -all_max(-min([-1.0, *rewards[~cut].tolist()]))", "worst = -1.0",
     "stages.py::test_rollout_of_05")
 
 put("ppo-reference-moves", "the reference is the policy: the KL is 0 for ever", "05_ppo.py",
-    "ref = wrap(load(cfg.init, device)[0].requires_grad_(False))", "ref = model",
-    "gaps.py::test_kl_in_the_reward")
+    "ref = wrap(ref)", "ref = model", "gaps.py::test_kl_in_the_reward")
 
 put("score-not-centred", "the judge's raw score: its mean and its scale are arbitrary", "05_ppo.py",
     "return (at_least_fp32(scores) - parts[\"val_mean\"]) / parts[\"val_std\"]",
@@ -498,9 +500,34 @@ put("rloo-kl-sign", "leaving the start is rewarded", "RL/rloo.py",
 
 put("rloo-ratio-of-tokens", "a ratio for each token where the completion is one action",
     "RL/rloo.py",
-    "A, ratio = advantages, ((logprobs - old_logprobs) * completion_mask).sum(1).exp()",
-    "A, ratio = advantages, (((logprobs - old_logprobs).exp() * completion_mask).sum(1)\n"
-    "                            / completion_mask.sum(1))", "siblings.py::test_rloo_quadrants")
+    "ratio = (log_ratio - (log_ratio - 20).clamp(min=0).detach()).exp()",
+    "ratio = (((logprobs - old_logprobs).exp() * completion_mask).sum(1)\n"
+    "             / completion_mask.sum(1))", "siblings.py::test_rloo_quadrants")
+
+put("rloo-ratio-overflows", "a whole completion's ratio is inf, and inf * 0 is NaN", "RL/rloo.py",
+    "ratio = (log_ratio - (log_ratio - 20).clamp(min=0).detach()).exp()",
+    "ratio = log_ratio.exp()", "siblings.py::test_rloo_of_far_completions")
+
+put("rloo-gradient-cut-off", "where the ratio is capped nothing pushes a bad completion down",
+    "RL/rloo.py", "ratio = (log_ratio - (log_ratio - 20).clamp(min=0).detach()).exp()",
+    "ratio = log_ratio.clamp(max=20).exp()", "siblings.py::test_rloo_of_far_completions")
+
+put("padding-learns-from-lengths", "DAPO at the cap: groups without signal learn to be short",
+    "RL/dapo.py", ".masked_fill(same, 0.0)", "", "siblings.py::test_dapo_at_the_cap")
+
+put("gap-at-temperature-one", "the sampler's log-probs against others at temperature 1",
+    "04_rlvr.py", "return module(ids, targets, cfg.temperature)", "return module(ids, targets)",
+    "gap.py::test_gap[04_rlvr]")
+
+put("gap-shifted", "each token's gap is the next one's", "04_rlvr.py",
+    "sampled[:, 1:], score(model", "sampled[:, :-1], score(model", "gap.py::test_gap[04_rlvr]")
+
+put("gap-over-padding", "the mean gap a token counts prompts and padding", "model.py",
+    "(old - sampled).abs()[targets >= 0]", "(old - sampled).abs().flatten()",
+    "gap.py::test_gap[04_rlvr]")
+
+put("narrow-head-in-rl", "the sampler's bf16 logits differ from the trainer's", "04_rlvr.py",
+    "model.fp32_head = ref.fp32_head = True", "pass", "gap.py::test_head[04_rlvr]")
 
 put("rloo-kl-of-another-row", "micro-batches are sorted by length, the KL is used in the old order",
     "RL/rloo.py", "for b in split(m, cfg.micro_batch)]",
@@ -940,22 +967,22 @@ put("windows-overlap", "tokens at the seam of two windows are predicted twice", 
 # Invisible at a neutral value: temperature 1, mean 0, seed 0, one epoch, gamma 1, the first step.
 
 put("reference-at-temperature-one", "the policy is scored at the temperature, the reference at 1",
-    "04_rlvr.py", "score(ref, ids, targets), advantages", "ref(ids, targets), advantages",
+    "04_rlvr.py", "score(ref, ids, targets),", "ref(ids, targets),",
     "numbers.py::test_no_distance_at_the_start[04_rlvr]",
     "numbers.py::test_reference_at_the_temperature[04_rlvr]")
 
 put("reinforce-reference-at-one", "the same without a ratio", "RL/reinforce.py",
-    "score(ref, ids, targets), advantages", "ref(ids, targets), advantages",
+    "score(ref, ids, targets),", "ref(ids, targets),",
     "numbers.py::test_no_distance_at_the_start[RL/reinforce]",
     "numbers.py::test_reference_at_the_temperature[RL/reinforce]")
 
 put("gspo-reference-at-one", "the same with one ratio for a completion", "RL/gspo.py",
-    "score(ref, ids, targets), advantages", "ref(ids, targets), advantages",
+    "score(ref, ids, targets),", "ref(ids, targets),",
     "numbers.py::test_no_distance_at_the_start[RL/gspo]",
     "numbers.py::test_reference_at_the_temperature[RL/gspo]")
 
 put("dr-grpo-reference-at-one", "the same without lengths", "RL/dr_grpo.py",
-    "score(ref, ids, targets), advantages", "ref(ids, targets), advantages",
+    "score(ref, ids, targets),", "ref(ids, targets),",
     "numbers.py::test_no_distance_at_the_start[RL/dr_grpo]",
     "numbers.py::test_reference_at_the_temperature[RL/dr_grpo]")
 

@@ -218,7 +218,7 @@ def test_kl_in_the_reward(name, make, stages, monkeypatch):
         with torch.no_grad():
             kl = b["old_logprobs"] - ref(ids, targets, cfg.temperature)
         assert (kl.abs().max() > 1e-3) == (i >= len(losses) // 2)
-        for r, k, m, score in zip(a["rewards"], kl, mask, rows[2]):
+        for r, k, m, score in zip(a["rewards"], kl, mask, rows[3]):
             expected = -cfg.beta * k[m == 1]
             expected[-1] += score
             assert torch.allclose(r[m == 1], expected, atol=1e-6)
@@ -246,7 +246,7 @@ def test_score_has_a_scale(name, make, chain, tmp_path, monkeypatch):
     run(stage, cfg)
     model, _, parts = stage.load(cfg.reward, kind="reward")
     rows, judge = seen[0][1][0], stage.RewardModel(model, parts["head"])
-    ids, mask = (kernel.pad(x, "cpu") for x in zip(*rows))
+    ids, mask, _ = (kernel.pad(x, "cpu") for x in zip(*rows))
     with torch.no_grad():
         assert torch.allclose(seen[0][0]["scorer"](rows), (judge(ids, mask) - 0.7) / 2.5, atol=1e-6)
 

@@ -239,7 +239,8 @@ def test_long_completions_are_punished(make, stages, monkeypatch):
     batches, given = (calls(stage, f, monkeypatch) for f in ("full_batch", "group_advantages"))
     run(stage, cfg)
     rollouts, rewards, _ = batches[0][1]
-    price = torch.tensor([R.overlong(sum(mask), 12, 11) for _, mask in rollouts]).view_as(rewards)
+    lengths = [sum(mask) for _, mask, _ in rollouts]
+    price = torch.tensor([R.overlong(n, 12, 11) for n in lengths]).view_as(rewards)
     assert len(price.unique()) > 2
     assert torch.allclose(given[0][0]["rewards"], rewards + price)
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import LOSS, ROLLOUTS, SIBLINGS, against, kernel, run, stem, steps_of
+from test_gaps import calls
 from test_losses import EPS, ragged
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -149,10 +150,23 @@ def test_rloo_quadrants(stages, A, ratio):
     assert torch.allclose(gradient(stages, "RL/rloo", given), expected * mask.double())
 
 
+@pytest.mark.parametrize("A", [-1.0, 0.0, 1.0])
+def test_rloo_of_far_completions(stages, A):
+    """A whole completion's log-ratio of 300: finite, and a bad one is still pushed down."""
+    mask = torch.tensor([[0, 1, 1, 1, 0]])
+    given = dict(logprobs=torch.tensor([[9.0, 99.0, 101.0, 100.0, 9.0]]),
+                 old_logprobs=torch.zeros(1, 5), completion_mask=mask,
+                 advantages=torch.tensor([A]), clip_eps=EPS)
+    total, _, _ = loss(stages, "RL/rloo", given)
+    grad = gradient(stages, "RL/rloo", given)
+    assert total.isfinite() and grad.isfinite().all()
+    assert (grad[mask == 1] > 1).all() if A < 0 else not grad.any()
+
+
 def k1(model, ref, rollouts, temperature):
     """log p - log p_ref of each completion token, one row at a time, at the temperature."""
     rows = []
-    for ids, mask in rollouts:
+    for ids, mask, _ in rollouts:
         scores = [(m(torch.tensor([ids[:-1]]))[0] / temperature).log_softmax(-1)
                   for m in (model, ref)]
         rows.append([(scores[0][t, ids[t + 1]] - scores[1][t, ids[t + 1]]).item()
@@ -278,10 +292,10 @@ def test_dapo_fills_the_batch(sampling):
         kept += [i for i in picks if patterns[i] in ("10", "01")]
         tokens += sum(1 + i % 3 for i in range(2 * len(asked)))
     assert metrics["rounds"] == len(rounds) > 1 and len(kept) == 6
-    assert [ids[:len(train[i][0])] for (ids, _), i in zip(rollouts[::2], kept)] == [
+    assert [ids[:len(train[i][0])] for (ids, *_), i in zip(rollouts[::2], kept)] == [
         train[i][0] for i in kept]
     assert rewards.tolist() == [[float(v) for v in patterns[i]] for i in kept]
-    assert metrics["sampled_tokens"] == tokens > sum(sum(mask) for _, mask in rollouts)
+    assert metrics["sampled_tokens"] == tokens > sum(sum(mask) for _, mask, _ in rollouts)
     again = sampling(patterns, batch_size=6)[0]
     assert again[0] == rollouts and torch.equal(again[1], rewards) and again[2] == metrics
 
@@ -296,6 +310,26 @@ def test_dapo_stops_asking(sampling, refuses):
     assert 1 <= sum(signal) < 4 and signal == sorted(signal, reverse=True)
     refuses(lambda: sampling(["11", "00"] * 5, batch_size=4, max_rounds=3),
             "step 2: no prompt of 3", "intact", "--group_size", "--out")
+
+
+def test_dapo_at_the_cap(make, stages, monkeypatch):
+    """A group without signal that fills the batch teaches nothing, however long its completions."""
+    stage, cfg = make("RL/dapo", steps=1, max_new=12, overlong=11)
+    full, punished = stage.full_batch, []
+
+    def capped(*args):
+        rollouts, rewards, metrics = full(*args)
+        rewards[1:] = 0
+        punished.extend(len({sum(mask) for _, mask, _ in group}) > 1
+                        for group in stage.split(rollouts, cfg.group_size)[1:])
+        return rollouts, rewards, metrics
+
+    monkeypatch.setattr(stage, "full_batch", capped)
+    collated = calls(stage, "collate", monkeypatch)
+    run(stage, cfg)
+    advantages = torch.cat([rows[3] for _, rows in collated])
+    assert any(punished)
+    assert (advantages != 0).sum() == cfg.group_size < len(advantages)
 
 
 def test_dapo_without_signal(make, stages, monkeypatch, tmp_path, refuses, overwrite):
@@ -403,7 +437,7 @@ def test_rollout_of_ppo(stages, make, monkeypatch):
     prompts = [(tok.prompt(f"3+{n}=?"), str(3 + n)) for n in (4, 5, 5, 5)]
     rollouts, rewards, metrics = stage.rollout(cfg, None, tok, prompts, 4, 1, 2)
     assert rewards.tolist() == [1, 0, 0, 0]
-    for (ids, mask), completion, (prompt, _) in zip(rollouts, said, prompts):
+    for (ids, mask, _), completion, (prompt, _) in zip(rollouts, said, prompts):
         assert ids == prompt + completion
         assert mask == [0] * len(prompt) + [1] * len(completion)
     assert metrics["reward"] == metrics["truncated"] == metrics["unparsed"] == 0.25

@@ -183,16 +183,18 @@ def test_rollout_of_04(stages, make, data, monkeypatch):
     prompts = [(tok.prompt("3+4=?"), "7"), (tok.prompt("3+5=?"), "8")]
     rollouts, rewards, metrics = stage.rollout(cfg, None, tok, prompts, 0, 1, 2)
     assert rewards.tolist() == [[1, 0], [0, 1]]
-    for (ids, mask), completion, at in zip(rollouts, said, (0, 0, 1, 1)):
+    for (ids, mask, drawn), completion, at in zip(rollouts, said, (0, 0, 1, 1)):
         prompt = prompts[at][0]
         assert ids == prompt + completion
         assert mask == [0] * len(prompt) + [1] * len(completion)
+        assert drawn == [0.0] * len(prompt) + [-1.0] * len(completion)
     assert metrics["reward"] == 0.5 and metrics["truncated"] == 0.25 and metrics["unparsed"] == 0
 
 
 @pytest.mark.skipif("05_ppo" not in STAGES, reason="05_ppo.py is not there yet")
 def test_rollout_of_05(stages, make, monkeypatch):
-    """The score of each whole rollout is its reward, -1 where <|end|> is missing."""
+    """The score of each whole rollout is its reward. Where <|end|> is missing it is -1, or the worst
+    of the others if that is lower."""
     stage, cfg = make("05_ppo", micro_batch=2)
     tok = stage.load(cfg.init)[1]
     said = [tok.encode("1") + [tok.end], tok.encode("12"), tok.encode("123") + [tok.end]]
@@ -202,15 +204,17 @@ def test_rollout_of_05(stages, make, monkeypatch):
         return said, [[-1.0] * len(c) for c in said]
 
     def scorer(rows):
-        assert all(mask == [0] * (len(ids) - sum(mask)) + [1] * sum(mask) for ids, mask in rows)
-        return torch.tensor([float(sum(mask)) for _, mask in rows])
+        assert all(mask == [0] * (len(ids) - sum(mask)) + [1] * sum(mask) for ids, mask, _ in rows)
+        return torch.tensor([float(sum(mask)) for _, mask, _ in rows])
 
     monkeypatch.setattr(stage, "generate", generate)
     prompts = [(tok.prompt("3+4=?"), "7")] * 3
     rollouts, rewards, metrics = stage.rollout(cfg, None, scorer, tok, prompts, 0, 1, 2)
     assert rewards.tolist() == [2, -1, 4]
-    assert [ids for ids, _ in rollouts] == [prompts[0][0] + c for c in said]
+    assert [ids for ids, *_ in rollouts] == [prompts[0][0] + c for c in said]
     assert metrics["truncated"] == pytest.approx(1 / 3)
+    rewards = stage.rollout(cfg, None, lambda rows: scorer(rows) - 7, tok, prompts, 0, 1, 2)[1]
+    assert rewards.tolist() == [-5, -5, -3]                 # -1 would be the best of them
 
 
 @pytest.mark.skipif("05_ppo" not in STAGES, reason="05_ppo.py is not there yet")
