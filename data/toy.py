@@ -14,12 +14,17 @@ to say at once, easy to write down line by line. That gap is what the later stag
     cot_*.jsonl           the same with a trace; 45 % careful (one operation a line), 55 % hasty
     pairs_*.jsonl         a right, concise trace and one that a reader would like less
     rl_*.jsonl            questions with their answers, nothing else
+    rl_long.jsonl         questions beyond these: 6 to 8 operations, starts of 31 to 60, new wording
     chat_test.jsonl       the other instructions, on words and numbers never asked in training
+
+An eighth of the rows in sft_* and cot_* are dialogues, two items one after the other: else a second
+turn would be answered as nothing that was ever seen.
 
 What is held out. A problem is its start and operations; its sha256 says train, val or test, so
 no file and no wording can disagree. Training material of any kind holds no trace, story or
 question that contains a val or test problem even as a part: every run of two or more operations
-is looked up, from the value where it starts. A single fact such as 12+5=17 is knowledge.
+is looked up, from the value where it starts. A single fact such as 12+5=17 is knowledge. (What
+starts above 30 is never asked in training, but its operations may stand in the middle of a trace.)
 
 What makes a trace worse. `hasty`: several operations in one line, wrong half of the time (shorter).
 `pad`: a line said twice (longer). `skip`: one operation of the question ignored (shorter).
@@ -41,8 +46,12 @@ STEPS = (1, 2, 3, 4, 5)
 SCALE_SHARE = 0.35  # how often an operation doubles or halves, where it can
 HASTY_SHARE = 0.55  # of the demonstrations with traces
 AT_ONCE = 3  # operations that a hasty line does, at most
+DIALOGUE_SHARE = 0.12  # of the demonstrations
 VAL_SHARE, TEST_SHARE = 0.05, 0.18
 SLIPS = (-10, -3, -2, -1, 1, 2, 3, 10)  # how far a wrong result is off
+# Beyond training: {what: (steps, starts)}. Eight operations with their trace fit 256 tokens.
+BEYOND = {"steps": ((6, 7, 8), (1, MAX_START)), "range": (STEPS[1:], (31, 60)),
+          "wording": (STEPS[1:], (1, MAX_START))}
 PAIR_KINDS = ["hasty"] * 2 + ["pad"] * 4 + ["skip"] * 2 + ["wrong"] * 2
 
 SUMS = [f"{sign}{n}" for sign in "+-" for n in range(1, 10)]
@@ -58,6 +67,13 @@ HE = ["Tom", "Ben", "Max", "Leo", "Sam", "Dan"]
 SHE = ["Ann", "Eva", "Mia", "Zoe", "Amy", "Lily"]
 THINGS = ["nuts", "figs", "eggs", "plums", "pears", "buns", "beans", "dates", "limes", "peas",
           "kiwis", "rolls"]
+# Never used in training: `acts` is "finds 5, doubles", `and_acts` "finds 5 and doubles", `now_acts`
+# "now he finds 5, now he doubles".
+WORDINGS = ["{start} {thing}: {name} {acts}. How many {thing}?",
+            "{name} has {start} {thing}. {he} {and_acts}. How many {thing}?",
+            "How many {thing}? {name} has {start}, {acts}.",
+            "{name} has {start} {thing}, {now_acts}. How many {thing} has {name}?",
+            "Tell me how many {thing} {name} has: {start} first, {acts}."]
 
 COLOURS = {
     "grass": "green", "the sky": "blue", "snow": "white", "coal": "black", "blood": "red",
@@ -133,10 +149,10 @@ def able(value, scale, last):
     return ops or able(value, False, last)
 
 
-def draw(rng, steps, split):
+def draw(rng, steps, split, starts=(1, MAX_START)):
     """A problem for `split`; a single step is a fact and belongs to all of them."""
     while True:
-        start = value = rng.randint(1, MAX_START)
+        start = value = rng.randint(*starts)
         ops = []
         for _ in range(steps):
             scale = rng.random() < SCALE_SHARE
@@ -154,6 +170,15 @@ def ask(rng, start, ops):
     name, thing = rng.choice(HE + SHE), rng.choice(THINGS)
     acts = "".join(f", {act(rng, op)}" for op in ops)
     return f"{name} has {start} {thing}{acts}. How many {thing}?"
+
+
+def ask_anew(rng, start, ops):
+    name, thing = rng.choice(HE + SHE), rng.choice(THINGS)
+    he = "he" if name in HE else "she"
+    acts = [act(rng, op) for op in ops]
+    return rng.choice(WORDINGS).format(
+        name=name, thing=thing, start=start, he=he.title(), acts=", ".join(acts),
+        and_acts=" and ".join(acts), now_acts=", ".join(f"now {he} {act}" for act in acts))
 
 
 def act(rng, op):
@@ -312,24 +337,35 @@ def pick_instruction(rng, pool):
 
 
 def demonstrations(rng, split, count, pool, other, traced):
-    """Questions answered at once, or with a trace; a share `other` are other instructions."""
+    """Questions answered at once, or with a trace; a share `other` are other instructions. Some
+    rows are two of these, one after the other."""
     rows = []
     for _ in range(count):
-        if rng.random() < other:
-            rows.append(pick_instruction(rng, pool))
-            continue
-        # most of the direct answers are single facts: the rest is hardly learnable without a trace
-        steps = rng.choice(STEPS if traced else STEPS[:1] * 4 + STEPS)
-        start, ops = draw(rng, steps, split)
-        row = {"prompt": ask(rng, start, ops),
-               "completion": f"<answer>{apply(start, ops)}</answer>",
-               "kind": "math", "steps": len(ops)}
-        if traced:
-            row["manner"] = "hasty" if rng.random() < HASTY_SHARE else "careful"
-            lines = trace(start, ops, pick_sizes(rng, len(ops), row["manner"]))
-            row["completion"] = completion_of(lines)
-        rows.append(row)
+        turns = 2 if rng.random() < DIALOGUE_SHARE else 1
+        items = [demonstration(rng, split, pool, other, traced) for _ in range(turns)]
+        rows.append(items[0] if turns == 1 else dialogue(items))
     return rows
+
+
+def dialogue(items):
+    messages = [{"role": role, "content": item[key]} for item in items
+                for role, key in (("user", "prompt"), ("assistant", "completion"))]
+    return {"messages": messages, "kind": "dialogue"}
+
+
+def demonstration(rng, split, pool, other, traced):
+    if rng.random() < other:
+        return pick_instruction(rng, pool)
+    # most of the direct answers are single facts: the rest is hardly learnable without a trace
+    steps = rng.choice(STEPS if traced else STEPS[:1] * 4 + STEPS)
+    start, ops = draw(rng, steps, split)
+    row = {"prompt": ask(rng, start, ops), "completion": f"<answer>{apply(start, ops)}</answer>",
+           "kind": "math", "steps": len(ops)}
+    if traced:
+        row["manner"] = "hasty" if rng.random() < HASTY_SHARE else "careful"
+        lines = trace(start, ops, pick_sizes(rng, len(ops), row["manner"]))
+        row["completion"] = completion_of(lines)
+    return row
 
 
 def pair_rows(rng, split, count):
@@ -363,6 +399,23 @@ def rl_rows(rng, split, counts):
                    "kind": "math", "steps": steps}
             rows.setdefault(key_of(start, ops), row | ({"seen": True} if steps == 1 else {}))
     rows = list(rows.values())
+    rng.shuffle(rows)
+    return rows
+
+
+def long_rows(rng, each):
+    """`each` test problems of every kind beyond training; no problem twice in a kind."""
+    rows = []
+    for beyond, (steps, starts) in BEYOND.items():
+        found = {}
+        while len(found) < each:
+            n = steps[len(found) % len(steps)]
+            start, ops = draw(rng, n, "test", starts)
+            prompt = (ask_anew if beyond == "wording" else ask)(rng, start, ops)
+            found.setdefault(key_of(start, ops), {
+                "prompt": prompt, "answer": str(apply(start, ops)), "kind": "math", "steps": n,
+                "beyond": beyond})
+        rows += found.values()
     rng.shuffle(rows)
     return rows
 
@@ -479,6 +532,7 @@ def write(new):
     for split, each, single in (("train", 1500, 0), ("val", 100, 0), ("test", 1000, 400)):
         counts = {1: single} | {steps: each for steps in STEPS[1:]}
         new.rows(f"rl_{split}.jsonl", rl_rows(rng(f"rl {split}"), split, counts))
+    new.rows("rl_long.jsonl", long_rows(rng("rl long"), 240))
     new.rows("chat_test.jsonl", chat_rows(rng("chat"), pools["test"], 30))
 
 
