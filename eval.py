@@ -1,6 +1,7 @@
 """eval.py: the same held-out questions for every stage, every figure with its n and 95 % interval.
 
-    python eval.py                                          # all of out/toy, 2-3 minutes on 2 cores
+    python eval.py                                          # all of out/toy, on one core or more
+    torchrun --nproc_per_node=2 eval.py                     # the same, faster: one thread a rank
     torchrun --nproc_per_node=4 eval.py --out out/gsm8k --data out/data/gsm8k --max_new 400
 
 Writes results.json into --out, anew after every part; report.py draws the plots. A checkpoint's
@@ -8,119 +9,37 @@ record says what it is asked: 00 knows no template, 01 no traces, 06 is a reward
 have learned from pairs. Intervals: Wilson's for shares, normal for means, over questions (the
 samples of one belong together), windows of text or pairs; none where all values are equal.
 """
-import errno, json, math, os, re, signal, sys, time
+import errno, json, math, os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-from model import (Parser, Progress, autocast, check_ranges, claim, cannot_write, encode_rows, fail,
-                   file_hashes, generate, init_distributed, load, load_strict, missing, pad, parse,
-                   read_checkpoint, read_rows, read_tokens, say, shift, split, verify, write_text)
+from model import (Parser, Progress, at_least_fp32, autocast, check_ranges, claim, cannot_write,
+                   encode_rows, fail, file_hashes, generate, init_distributed, load, load_strict,
+                   missing, pad, read_checkpoint, read_rows, read_tokens, say, shift, split, turns,
+                   verify, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from answers import vote_key
+from chat import content
+from figures import careful, gram_bits, grouped, majority, pass_at_k, rate, ratio, share
 from report import STAGES, PRIMERS, tables
 
 FILES = {"val.bin": (), "rl_test.jsonl": ("prompt", "answer"),
+         "rl_long.jsonl": ("prompt", "answer"),
          "pairs_test.jsonl": ("prompt", "chosen", "rejected"),
          "chat_test.jsonl": ("prompt", "completion")}
-# What a stage is asked; all others everything but pairs, and one of no known stage everything.
-ASKED = {"00_pretrain": ["bits", "free"], "01_sft": ["bits", "free", "answer", "think", "chat"],
-         "06_reward": ["pairs"]}
+# What a stage is asked; all others everything but pairs, and one of no known stage everything. No
+# distance to their start is asked of these: it writes in another way.
+ASKED = {"00_pretrain": ["bits", "free"], "06_reward": ["pairs"],
+         "01_sft": ["bits", "free", "answer", "think", "second", "beyond", "chat"],
+         "02_cot": ["bits", "free", "answer", "think", "second", "beyond", "sampled", "chat"]}
 # How a stage that has learned from pairs scores a completion: by its head, by log p - log p_start,
 # DPO's implicit reward (without its beta), or without a reference by the mean of log p over tokens
 # or by that mean's log odds.
 SCORES = {"06_reward": "head", "03_dpo": "start", "ipo": "start", "kto": "start", "simpo": "mean",
           "orpo": "odds"}
-CAREFUL = re.compile(r"\d+[-+*/]\d+=\d+")
-
-# ---------------------------------------------------------------------------- statistics
-
-
-def wilson(p, n):
-    """A share p of n -> Wilson's interval, which never leaves [0, 1] and always has a width."""
-    z2 = 1.96 ** 2
-    middle = (p + z2 / 2 / n) / (1 + z2 / n)
-    half = 1.96 * math.sqrt(max(0.0, p * (1 - p)) / n + z2 / 4 / n ** 2) / (1 + z2 / n)
-    return {"mean": p, "n": n, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
-
-
-def share(hits):
-    """The mean of 0s and 1s."""
-    return wilson(float(np.mean(hits)), len(hits)) if len(hits) else None
-
-
-def ratio(sums, counts=1.0):
-    """sum(sums) / sum(counts) over independent units; the interval by the delta method. Where no
-    unit differs from the others (or there is one) it would have no width: nothing is known then."""
-    sums, counts = np.asarray(sums, float), np.broadcast_to(counts, len(sums)).astype(float)
-    if not counts.sum():
-        return None
-    n, mean = len(sums), float(sums.sum() / counts.sum())
-    spread = float(np.std((sums - mean * counts) / counts.mean()))
-    if spread <= 1e-9 * np.abs(sums).max() / counts.mean():
-        return {"mean": mean, "n": n}
-    half = 1.96 * spread / math.sqrt(n)
-    return {"mean": mean, "n": n, "low": mean - half, "high": mean + half}
-
-
-def rate(sums, counts=1.0):
-    """As `ratio`, of what lies in [0, 1], and so does the interval. Where no unit differs it is
-    Wilson's, as if each of them were one trial."""
-    figure = ratio(sums, counts)
-    if figure and "low" in figure:
-        return figure | {"low": max(0.0, figure["low"]), "high": min(1.0, figure["high"])}
-    n = np.count_nonzero(np.broadcast_to(counts, len(sums)))
-    return figure and wilson(figure["mean"], int(n))
-
-
-def pass_at_k(n, right, k):
-    """The chance that k of n samples hold a right one, unbiased (Chen et al. 2021, eq. 1)."""
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def majority(texts, answer):
-    """1 if the most frequent answer is right; a tie goes to the one said first."""
-    said = {}
-    for found in filter(None, map(parse, texts)):
-        said.setdefault(vote_key(found[1]), []).append(found[1])
-    most = max(said.values(), key=len, default=[])
-    return float(bool(most) and verify(f"<answer>{most[0]}</answer><|end|>", answer) == 1)
-
-
-def careful(text, steps):
-    """One operation a line and a line for each step of the question."""
-    lines = parse(text)[0].split("\n") if parse(text) else []
-    return len(lines) == steps and all(CAREFUL.fullmatch(line) for line in lines)
-
-
-def grouped(keys, values):
-    groups = {key: [] for key in sorted(set(keys), key=str)}
-    for key, value in zip(keys, values):
-        groups[key].append(value)
-    return groups
-
-
-def gram_bits(train, ids, V, order=5):
-    """Bits of each id but the first, interpolated from runs of 1..order ids (Witten & Bell 1991):
-    p(c | h) = (count(hc) + kinds(h) p(c | h shortened)) / (count(h) + kinds(h))"""
-    p = np.full(len(ids), 1 / V)
-    for k in range(1, order + 1):          # k ids in a row are one integer
-        code = lambda x, k=k: sum(x[j : len(x) - k + 1 + j].astype(np.int64) * V ** (k - 1 - j)
-                                  for j in range(k))
-        seen, count = np.unique(code(train), return_counts=True)
-        heads, begin, kinds = np.unique(seen // V, return_index=True, return_counts=True)
-        asked, total = code(ids), np.add.reduceat(count, begin)
-        i, h = (np.searchsorted(table, x).clip(max=len(table) - 1)
-                for table, x in ((seen, asked), (heads, asked // V)))
-        known = heads[h] == asked // V     # else this order adds nothing: (0 + 1 p) / (0 + 1)
-        kind = np.where(known, kinds[h], 1)
-        p[k - 1:] = np.where(seen[i] == asked, count[i], 0) + kind * p[k - 1:]
-        p[k - 1:] /= np.where(known, total[h], 0) + kind
-    return -np.log2(p[1:])
-
 
 # ---------------------------------------------------------------------------- asking
 
@@ -147,6 +66,15 @@ def first(rows, n):
     """The first n rows of each number of steps; rows without one are one group."""
     groups = grouped([row["steps"] for row in rows], rows)
     return [row for group in groups.values() for row in group[:n]]
+
+
+def each(n, rows):
+    """How many rows of each number of steps make n of them, or a few more."""
+    return -(-n // max(1, len({row["steps"] for row in rows})))
+
+
+def kind_of_row(row, key="kind"):
+    return str(row.get(key, "other"))
 
 
 def ask(args, stage, rows, primer="", temperature=0.0, samples=1):
@@ -178,13 +106,21 @@ def log_prob(model, pairs):
 
 
 # ---------------------------------------------------------------------------- parts of the report
-# Each returns {name: figure}; stage.right keeps the values of single questions, for pairing.
+# Each returns {name: figure}; stage.right keeps the values of single questions, for pairing, and
+# stage.said the greedy answers, for who asks again.
 
 
 def greedy(args, stage, mode, n):
-    rows = first(stage.rows, n)
-    said = [s for s, in ask(args, stage, rows, PRIMERS[mode])]
-    right = [verify(text, row["answer"]) for (text, _, _), row in zip(said, rows)]
+    """A completion that opens with the primer of its own accord is what it would be with it."""
+    rows, primer, end = first(stage.rows, n), PRIMERS[mode], stage.tokenizer.end
+    opener = stage.tokenizer.encode_completion(primer)
+    said = {i: ids[len(opener):] for i, ids in stage.said.items()
+            if ids[: len(opener)] == opener and ids[-1] == end}
+    new = [row for row in rows if row["id"] not in said]
+    said |= {row["id"]: ids for row, [(_, ids, _)] in zip(new, ask(args, stage, new, primer))}
+    stage.said = stage.said if primer else said
+    right = [verify(primer + stage.tokenizer.decode(said[row["id"]]), row["answer"])
+             for row in rows]
     held = [i for i, row in enumerate(rows) if not row.get("seen")]
     stage.right[mode] = {rows[i]["id"]: right[i] or 0.0 for i in held}
     out = {mode: share(list(stage.right[mode].values()))}
@@ -193,9 +129,40 @@ def greedy(args, stage, mode, n):
             out[f"{mode}, steps {steps}"] = share([h or 0.0 for h in hits])
     if mode == "free":
         out |= {"format": share([r is not None for r in right]),
-                "stops": share([ids[-1] == stage.tokenizer.end for _, ids, _ in said]),
-                "length": ratio([len(said[i][1]) for i in held])}
+                "stops": share([said[row["id"]][-1] == end for row in rows]),
+                "length": ratio([len(said[rows[i]["id"]]) for i in held])}
     return out
+
+
+def second(args, stage):
+    """Do questions that `greedy` has asked fare as well as second turns? The first turn is one with
+    few steps where this one has many, and what the checkpoint itself has answered to it."""
+    tok, held = stage.tokenizer, [row for row in stage.rows if not row.get("seen")]
+    asked = [row for row in first(stage.rows, each(args.n_second, held)) if row["id"] in stage.said]
+    rows = [row | {"prompt": [*turns(other["prompt"]), {
+        "role": "assistant", "content": tok.decode(content(tok, stage.said[other["id"]]))},
+        *turns(row["prompt"])]} for row, other in zip(asked, asked[::-1])
+        if row is not other and not row.get("seen")]
+    try:
+        rows = [r for r in rows if len(tok.prompt(r["prompt"])) < stage.model.cfg.block_size]
+    except ValueError:                     # this model's own chat is for one question alone
+        return {}
+    right = [verify(text, row["answer"]) or 0.0
+             for row, [(text, _, _)] in zip(rows, ask(args, stage, rows))]
+    before = [stage.right["free"][row["id"]] for row in rows]
+    return {"second turn": share(right), "the same first": share(before),
+            "second - first": ratio(np.subtract(right, before))}
+
+
+def beyond(args, stage):
+    """Questions unlike those of training, in one way each."""
+    rows = questions(args, stage.model, stage.tokenizer, "rl_long.jsonl")
+    kinds = grouped([kind_of_row(row, "beyond") for row in rows], rows)
+    rows = [row for of in kinds.values() for row in first(of, each(args.n_beyond, of))]
+    right = [verify(text, row["answer"]) or 0.0
+             for row, [(text, _, _)] in zip(rows, ask(args, stage, rows))]
+    hits = grouped([kind_of_row(row, "beyond") for row in rows], right)
+    return {f"beyond, {kind}": share(hits[kind]) for kind in hits}
 
 
 def sampled(args, stage):
@@ -203,7 +170,7 @@ def sampled(args, stage):
     k, rows = args.samples, [row for row in stage.rows if not row.get("seen")]
     if not rows:
         return {}
-    rows = first(rows, -(-args.n_sampled // len({row["steps"] for row in rows})))
+    rows = first(rows, each(args.n_sampled, rows))
     said = ask(args, stage, rows, "<think>", 1.0, k)
     right = np.array([[verify(t, row["answer"]) == 1 for t, _, _ in g]
                       for row, g in zip(rows, said)])
@@ -226,17 +193,16 @@ def sampled(args, stage):
     return out
 
 
-def preferences(args, stage):
-    """How often, and by how much, the chosen completion scores above the rejected one."""
+def preferences(args, stage, n=None):
+    """How often, and by how much, the chosen completion scores above the rejected one; of the first
+    n pairs of each kind."""
     path, tok, how = f"{args.data}/pairs_test.jsonl", stage.tokenizer, SCORES.get(stage.kind)
     if not stage.init and how in (None, "start"):
         return {}
 
     def encode(row):
-        p, sides = tok.prompt(row["prompt"]), [row["chosen"], row["rejected"]]
-        texts = [s if isinstance(s, str) else s[-1]["content"] for s in sides]
-        return [(p + tok.encode_completion(text) + [tok.end],
-                 (len(p), str(row.get("kind", "other")))) for text in texts]
+        sides = [tok.answered(row["prompt"], row[key]) for key in ("chosen", "rejected")]
+        return [(ids, (len(ids) - sum(mask), kind_of_row(row))) for ids, mask in sides]
 
     def score(pairs):
         if how != "head":
@@ -245,13 +211,15 @@ def preferences(args, stage):
                 return [a - b for a, b in zip(now, log_prob(stage.init, pairs))]
             means = [min(total / len(c), -1e-7) for total, (_, c) in zip(now, pairs)]
             return means if how == "mean" else [m - math.log(-math.expm1(m)) for m in means]
-        with torch.no_grad():
+        last = [len(p) + len(c) - 1 for p, c in pairs]
+        with torch.no_grad(), autocast(args.device):
             hidden = stage.model.forward_hidden(pad([p + c for p, c in pairs], args.device))
-            last = [len(p) + len(c) - 1 for p, c in pairs]
-            scores = hidden[range(len(pairs)), last] @ stage.head.weight[0] + stage.head.bias
-        return scores.tolist()
+            hidden = at_least_fp32(hidden[range(len(pairs)), last])      # as 06's RewardModel
+            return ((hidden * stage.head.weight).sum(-1) + stage.head.bias).tolist()
 
-    pairs = encode_rows(read_rows(path, "prompt", "chosen", "rejected"), path, encode,
+    rows = read_rows(path, *FILES["pairs_test.jsonl"])
+    kinds = grouped(map(kind_of_row, rows), rows)
+    pairs = encode_rows([row for of in kinds.values() for row in of[:n]], path, encode,
                         stage.model.cfg.block_size)
     pairs.sort(key=lambda pair: len(pair[0][0]))               # less padding
     margins = []
@@ -306,7 +274,7 @@ def chat(args, stage):
     rows = questions(args, stage.model, stage.tokenizer, "chat_test.jsonl")
     said = ask(args, stage, rows)
     hits = [g[0][0] == f"{row['completion']}<|end|>" for row, g in zip(rows, said)]
-    kinds = grouped([str(row.get("kind", "other")) for row in rows], hits)
+    kinds = grouped(map(kind_of_row, rows), hits)
     return {"chat": share(hits)} | {f"chat, {k}": share(kinds[k]) for k in kinds}
 
 
@@ -321,27 +289,27 @@ def kind_of(parts):
 
 def plan(args, kind):
     """[(what, rough cost, part)] for a checkpoint of this kind."""
-    has = lambda file: os.path.isfile(f"{args.data}/{file}")
-    n = args.n_greedy if kind not in ("02_cot", "03_dpo") else args.n_many
-    n = n if kind != "00_pretrain" else min(n, 40)
-    asked = has("rl_test.jsonl")
-    jobs = [("bits", 40, bits, has("val.bin")),
-            ("pairs", 140, preferences, has("pairs_test.jsonl"))]
-    for mode, count in (("free", n), ("answer", args.n_primed), ("think", args.n_primed)):
-        jobs.append((mode, 10 + count // 4, lambda a, s, m=mode, c=count: greedy(a, s, m, c),
-                     asked))
-    jobs += [("sampled", 1 + args.n_sampled * args.samples // 12, sampled, asked),
-             ("chat", 10, chat, has("chat_test.jsonl"))]
+    n = args.n_greedy if kind != "00_pretrain" else min(args.n_greedy, 40)
+    mode = lambda name, n: (name, 2 + n // 12, lambda args, stage: greedy(args, stage, name, n))
+    jobs = {"val.bin": [("bits", 6, bits)],
+            "pairs_test.jsonl": [("pairs", 80, lambda a, s: preferences(a, s, a.n_pairs))],
+            "rl_test.jsonl": [mode("free", n), mode("answer", args.n_primed),
+                              mode("think", args.n_primed),
+                              ("second", args.n_second // 15, second),
+                              ("sampled", 1 + args.n_sampled * args.samples // 20, sampled)],
+            "rl_long.jsonl": [("beyond", 3 * args.n_beyond // 10, beyond)],
+            "chat_test.jsonl": [("chat", 5, chat)]}
+    jobs = [job for file, of in jobs.items() if os.path.isfile(f"{args.data}/{file}") for job in of]
     wanted = ASKED.get(kind, [job[0] for job in jobs if job[0] != "pairs" or not kind
                               or kind in SCORES])
-    return [job[:3] for job in jobs if job[0] in wanted and job[3]]
+    return [job for job in jobs if job[0] in wanted]
 
 
 def open_stage(args, path):
     model, tokenizer, parts = load(path, args.device, "any")
     name, kind = Path(path).stem, kind_of(parts)
     stage = SimpleNamespace(name=name, kind=kind, model=model.eval(), tokenizer=tokenizer,
-                            right={}, init=None)
+                            said={}, right={}, init=None)
     if kind == "06_reward":
         stage.head = nn.Linear(model.cfg.n_embd, 1).to(args.device).requires_grad_(False)
         load_strict(stage.head, parts.get("head", {}), path)
@@ -350,7 +318,7 @@ def open_stage(args, path):
         say(f"{name}: its record names no stage, so it is asked everything that there is")
     if os.path.isfile(f"{args.data}/rl_test.jsonl"):
         stage.rows = questions(args, model, tokenizer, "rl_test.jsonl")
-    if kind not in ASKED:                  # it has a distance to its start
+    if kind not in ASKED:
         stage.init = start_of(args, name, parts.get("record", {}))
     return stage
 
@@ -374,7 +342,7 @@ def paired(kinds, right):
     base = next((name for name in right if kinds[name] == "02_cot"), None)
     gains = {}
     for name in right if base else []:
-        if kinds[name] not in ("", "02_cot", *ASKED):
+        if kinds[name] not in ("", *ASKED):
             pairs = {k: [float(v - right[base][k][i]) for i, v in right[name].get(k, {}).items()
                          if i in right[base].get(k, {})] for k in ("free", "think", "pass@1")}
             gains[f"{name} - {base}"] = {k: ratio(v) for k, v in pairs.items()}
@@ -489,10 +457,12 @@ if __name__ == "__main__":
     parser.add_argument("checkpoints", nargs="*", help="default: all stages in --out")
     for flag, default, text in [
             ("out", "out/toy", "where results go"), ("data", "out/data/toy", "test files"),
-            ("n_greedy", 250, "questions a step count"), ("n_many", 1000, "the same for 02 and 03"),
-            ("n_primed", 100, "the same with a primer"), ("n_sampled", 250, "questions sampled"),
-            ("samples", 8, "of each"), ("max_new", 100, "tokens of a completion, at most"),
-            ("window", 128, "tokens"), ("val_tokens", 10 ** 6, "of val.bin, at most"),
+            ("n_greedy", 200, "questions a step count"), ("n_primed", 50, "the same with a primer"),
+            ("n_second", 200, "of these asked again, as second turns"),
+            ("n_beyond", 100, "of each kind in rl_long.jsonl"),
+            ("n_sampled", 160, "questions sampled"), ("samples", 8, "of each"),
+            ("n_pairs", 250, "pairs of a kind"), ("max_new", 100, "tokens of an answer, at most"),
+            ("window", 128, "tokens"), ("val_tokens", 2 ** 15, "of val.bin, at most"),
             ("seed", 0, "of the samples"), ("device", "auto", "cpu, cuda, mps")]:
         parser.add_argument(f"--{flag}", type=type(default), default=default,
                             help=f"{text} (%(default)s)")

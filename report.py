@@ -64,6 +64,8 @@ def tables(samples, results, gains):
                                         if n.startswith(f"{mode}, steps")})
                   for mode in PRIMERS for stage, figures in rows]
     table("steps 1: seen facts", sorted({n for _, f in split_rows for n in f}), split_rows)
+    table("a second turn", ["second turn", "the same first", "second - first"], rows)
+    table("beyond training", named("beyond"), rows)
     table("chosen or rejected", named("prefers"), rows)
     table("and by how much", named("margin"), rows)
     table("gain, question by question", ["free", "think", "pass@1"], list(gains.items()))
@@ -111,7 +113,7 @@ def panels_of(logs):
     made = {"learning_curves.png": [
         (s, "loss, nats a pair" if s in pairs else "loss, nats a token", both(s, "loss"))
         for s, log in logs.items() if curve(log, "val_loss")]}
-    made["margins.png"] = [panel for s in pairs for panel in (
+    made["margins.png"] = [panel for s in pairs for panel in (     # of kto's, only those on val
         (f"{s}: margin", "score of chosen - rejected", both(s, "margins")),
         (f"{s}: accuracy", "share of pairs", both(s, "accuracy")))]
     scored = [s for s in rollouts if s == "05_ppo"]

@@ -20,7 +20,8 @@ from model import (Parser, Progress, autocast, encode_rows, fail, file_hashes, l
 import numpy as np
 import torch
 
-from eval import begin, claim_file, finite, gather, ratio, share
+from eval import begin, claim_file, finite, gather
+from figures import ratio, share
 from report import table
 
 # ---------------------------------------------------------------------------- rows -> requests

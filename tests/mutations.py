@@ -719,18 +719,18 @@ put("log-not-cut-back", "after a resume the log has some steps twice", "frame.py
 # ---------------------------------------------------------------------------- evaluation
 
 put("pass-at-k-biased", "pass@k from the mean of the samples, as if they were drawn again",
-    "eval.py", "return 1 - math.comb(n - right, k) / math.comb(n, k)",
+    "figures.py", "return 1 - math.comb(n - right, k) / math.comb(n, k)",
     "return 1 - (1 - right / n) ** k", "eval_chat.py::test_pass_at_k_counts_subsets")
 
 put("judged-by-name", "a checkpoint is judged by its file's name instead of its record", "eval.py",
     "name, kind = Path(path).stem, kind_of(parts)", "name = kind = Path(path).stem",
     "eval_chat.py::test_siblings_of_dpo_are_scored_by_their_own_reward[03_dpo-original]")
 
-put("votes-by-the-letter", "maj@k counts 7 and 7.0 as two answers", "eval.py",
+put("votes-by-the-letter", "maj@k counts 7 and 7.0 as two answers", "figures.py",
     "said.setdefault(vote_key(found[1]), [])", "said.setdefault(found[1], [])",
     "eval_chat.py::test_majority_and_careful")
 
-put("interval-of-no-width", "where all units are equal the figure is taken for certain", "eval.py",
+put("interval-of-no-width", "where all units are equal the figure is taken for certain", "figures.py",
     "if spread <= 1e-9", "if spread < 0 * 1e-9", "eval_chat.py::test_no_interval_has_no_width")
 
 put("half-of-an-interval", "what is printed of Wilson's interval is half of its width", "report.py",

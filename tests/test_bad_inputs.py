@@ -36,7 +36,7 @@ RLVR, DAPO = f"04_rlvr.py {ROLL}", f"RL/dapo.py {ROLL} --overlong 4"
 PPO = f"05_ppo.py {ROLL} --reward start/06_reward.pt".replace("--group_size 2 ", "")
 REWARD = DPO.replace("03_dpo", "06_reward")
 KTO, ORPO, SIMPO = (DPO.replace("03_dpo", f"DPO/{x}") for x in ("kto", "orpo", "simpo"))
-EVAL = "eval.py --out start --data data --device cpu --max_new 8 --n_greedy 2 --n_many 2 " \
+EVAL = "eval.py --out start --data data --device cpu --max_new 8 --n_greedy 2 --n_second 2 " \
        "--n_primed 2 --n_sampled 2 --samples 2 start/01_sft.pt"
 CHAT = "chat.py start/01_sft.pt --device cpu --max_new 8"
 TASKS = "tasks.py start/01_sft.pt --device cpu --out out/tasks.json"
@@ -907,7 +907,7 @@ kind("scripts")
 for command, reason in [
         (EVAL + " --samples 0", "--samples"), (EVAL + " --samples -1", "--samples"),
         (EVAL + " --n_sampled 0", "--n_sampled"), (EVAL + " --n_greedy 0", "--n_greedy"),
-        (EVAL + " --n_many -1", "--n_many"), (EVAL + " --n_primed 0", "--n_primed"),
+        (EVAL + " --n_pairs -1", "--n_pairs"), (EVAL + " --n_primed 0", "--n_primed"),
         (EVAL + " --max_new 0", "--max_new"), (EVAL + " --window 0", "--window"),
         (EVAL + " --val_tokens 0", "--val_tokens"), (EVAL + " --seed -1", "--seed"),
         (EVAL + " --seed 99999999999999999999", "--seed"), (EVAL + " --device nope", "--device"),

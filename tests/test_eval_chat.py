@@ -24,6 +24,7 @@ from conftest import load_stage, unlock  # noqa: E402
 
 import chat  # noqa: E402
 import eval as evaluation  # noqa: E402
+import figures  # noqa: E402
 import report  # noqa: E402
 from model import GPT, GPTConfig, Tokenizer, save  # noqa: E402
 
@@ -32,11 +33,11 @@ FLAGS = dict(device="cpu", raw=False, max_new=4, temperature=0.0, top_p=1.0, see
 
 
 def test_share_is_wilson():
-    f = evaluation.share([1] * 8 + [0] * 2)
+    f = figures.share([1] * 8 + [0] * 2)
     assert f["mean"] == 0.8 and f["n"] == 10
     assert [f["low"], f["high"]] == pytest.approx([0.4902, 0.9433], abs=1e-3)
-    assert evaluation.share([1] * 5)["high"] == 1 and evaluation.share([1] * 5)["low"] < 0.6
-    assert evaluation.share([]) is None
+    assert figures.share([1] * 5)["high"] == 1 and figures.share([1] * 5)["low"] < 0.6
+    assert figures.share([]) is None
 
 
 def test_ratio_covers():
@@ -44,30 +45,30 @@ def test_ratio_covers():
     rng, held = np.random.default_rng(0), 0
     for _ in range(400):
         counts = rng.integers(1, 9, 200)
-        f = evaluation.ratio(rng.binomial(counts, 0.3), counts)
+        f = figures.ratio(rng.binomial(counts, 0.3), counts)
         held += f["low"] <= 0.3 <= f["high"]
     assert 0.92 < held / 400 < 0.98
-    assert evaluation.ratio([1, 2, 3])["mean"] == 2 and evaluation.ratio([0.0], [0]) is None
+    assert figures.ratio([1, 2, 3])["mean"] == 2 and figures.ratio([0.0], [0]) is None
 
 
 def test_no_interval_has_no_width():
     """All equal, or one alone, says nothing of what another unit would be."""
-    assert evaluation.ratio([3.0]) == {"mean": 3.0, "n": 1}
-    assert evaluation.ratio([0.1] * 7) == {"mean": pytest.approx(0.1), "n": 7}
-    assert evaluation.ratio([1, 2, 3], [2, 4, 6]) == {"mean": 0.5, "n": 3}
+    assert figures.ratio([3.0]) == {"mean": 3.0, "n": 1}
+    assert figures.ratio([0.1] * 7) == {"mean": pytest.approx(0.1), "n": 7}
+    assert figures.ratio([1, 2, 3], [2, 4, 6]) == {"mean": 0.5, "n": 3}
     for sums, counts, n in [([0.25] * 8, 1.0, 8), ([8, 8, 0], [8, 8, 0], 2), ([1.0], 1.0, 1)]:
         mean = sum(sums) / np.broadcast_to(counts, len(sums)).sum()
-        f = evaluation.rate(sums, counts)
-        assert f == evaluation.wilson(mean, n) and 0 <= f["low"] < f["high"] <= 1 and f["n"] == n
-    f = evaluation.rate([1.0] * 30 + [0.5])
+        f = figures.rate(sums, counts)
+        assert f == figures.wilson(mean, n) and 0 <= f["low"] < f["high"] <= 1 and f["n"] == n
+    f = figures.rate([1.0] * 30 + [0.5])
     assert f["mean"] == 30.5 / 31 and f["low"] < f["mean"] < f["high"] == 1
-    assert evaluation.ratio([1.0] * 30 + [0.5])["high"] > 1
-    assert evaluation.rate([], 1.0) is None and evaluation.rate([0.0], [0]) is None
+    assert figures.ratio([1.0] * 30 + [0.5])["high"] > 1
+    assert figures.rate([], 1.0) is None and figures.rate([0.0], [0]) is None
 
 
 @pytest.mark.parametrize("name, figure, text", [
-    ("free", evaluation.share([0] * 20), "0.0 (0.0..16.1)"),
-    ("free", evaluation.share([1] * 10 + [0] * 10), "50.0 ±20.1"),
+    ("free", figures.share([0] * 20), "0.0 (0.0..16.1)"),
+    ("free", figures.share([1] * 10 + [0] * 10), "50.0 ±20.1"),
     ("length", {"mean": 4.0, "n": 1}, "4.0"), ("chat", None, "-"),
     ("length", {"mean": 4.77, "n": 9, "low": 4.74, "high": 4.80}, "4.77 ±0.03"),
     ("margin, all", {"mean": 3.0, "n": 9, "low": 2.0, "high": 4.0}, "3.0 ±1.0"),
@@ -82,33 +83,33 @@ def test_pass_at_k_counts_subsets():
     for n, right, k in [(8, 3, 2), (8, 0, 8), (5, 5, 1), (6, 2, 4), (8, 1, 8)]:
         subsets = list(itertools.combinations([1] * right + [0] * (n - right), k))
         share = np.mean([any(s) for s in subsets])
-        assert evaluation.pass_at_k(n, right, k) == pytest.approx(share)
+        assert figures.pass_at_k(n, right, k) == pytest.approx(share)
 
 
 def test_majority_and_careful():
     say = lambda answer: f"<think>1+1=2</think><answer>{answer}</answer><|end|>"
-    assert evaluation.majority([say("7"), say("7.0"), say("8"), "junk", "junk", "junk"], "7") == 1
-    assert evaluation.majority([say("8"), say("8"), say("7")], "7") == 0
-    assert evaluation.majority(["junk"], "7") == 0
-    assert evaluation.majority([say("7 cents"), say("7 dollars"), say("$7"), say("8")], "$7") == 1
-    assert evaluation.majority([say("7 cents"), say("$7"), say("7 cents")], "$7") == 0
-    assert evaluation.majority([say("b"), say("a"), say("b"), say("a")], "b") == 1    # the first
-    assert evaluation.majority([say("five")], ["6", "five"]) == 1
-    assert evaluation.majority([say("5")], 5) == 1
+    assert figures.majority([say("7"), say("7.0"), say("8"), "junk", "junk", "junk"], "7") == 1
+    assert figures.majority([say("8"), say("8"), say("7")], "7") == 0
+    assert figures.majority(["junk"], "7") == 0
+    assert figures.majority([say("7 cents"), say("7 dollars"), say("$7"), say("8")], "$7") == 1
+    assert figures.majority([say("7 cents"), say("$7"), say("7 cents")], "$7") == 0
+    assert figures.majority([say("b"), say("a"), say("b"), say("a")], "b") == 1    # the first
+    assert figures.majority([say("five")], ["6", "five"]) == 1
+    assert figures.majority([say("5")], 5) == 1
     trace = "<think>1+5=6\n6*2=12</think><answer>12</answer><|end|>"
-    assert evaluation.careful(trace, 2) and not evaluation.careful(trace, 3)
-    assert not evaluation.careful("<think>(1+5)*2=12</think><answer>12</answer><|end|>", 1)
-    assert not evaluation.careful(trace.removesuffix("<|end|>"), 2)
+    assert figures.careful(trace, 2) and not figures.careful(trace, 3)
+    assert not figures.careful("<think>(1+5)*2=12</think><answer>12</answer><|end|>", 1)
+    assert not figures.careful(trace.removesuffix("<|end|>"), 2)
 
 
 def test_gram_bits_is_a_distribution_and_matches_by_hand():
     train, V = np.array([0, 1, 0, 2, 0, 1, 1, 2]), 4
     for head in itertools.product(range(V), repeat=2):
-        p = [2 ** -evaluation.gram_bits(train, np.array([*head, c]), V, 3)[-1] for c in range(V)]
+        p = [2 ** -figures.gram_bits(train, np.array([*head, c]), V, 3)[-1] for c in range(V)]
         assert sum(p) == pytest.approx(1) and min(p) > 0
     # p(1 | 0): unigram (3 + 3/4) / (8 + 3), then "0" is followed by 1, 2, 1
     unigram = (3 + 3 / 4) / 11
-    assert evaluation.gram_bits(train, np.array([0, 1]), V, 2)[0] == pytest.approx(
+    assert figures.gram_bits(train, np.array([0, 1]), V, 2)[0] == pytest.approx(
         -math.log2((2 + 2 * unigram) / 5))
 
 
@@ -145,7 +146,7 @@ def test_bits_count_a_control_token_once(tmp_path):
         stage = argparse.Namespace(model=model, tokenizer=tok, kind="00_pretrain")
         figure = evaluation.bits(args, stage)
         assert figure["bits of 5-grams"]["mean"] == pytest.approx(
-            evaluation.gram_bits(train, val, 256).sum() / 8)
+            figures.gram_bits(train, val, 256).sum() / 8)
 
 
 def checkpoint(path, tokenizer, record, seed=0, **parts):
@@ -191,7 +192,7 @@ def world(tmp_path_factory):
 def eval_args(data, **more):
     return argparse.Namespace(**dict(
         data=str(data), out=str(data.parent / "judged"), device="cpu", seed=0, checkpoints=[],
-        n_many=2, n_primed=1, n_greedy=2, n_sampled=5, samples=2, max_new=6, window=32,
+        n_primed=1, n_second=4, n_beyond=3, n_pairs=9, n_greedy=2, n_sampled=5, samples=2, max_new=6, window=32,
         val_tokens=200) | more)
 
 
@@ -201,7 +202,7 @@ def ask_args(data, **more):
 
 def test_eval_end_to_end_on_one_rank_and_on_two(world, capsys):
     out, data = world
-    flags = dict(out=str(out), n_greedy=3, n_many=5, n_primed=100, n_sampled=8, samples=4,
+    flags = dict(out=str(out), n_greedy=5, n_primed=100, n_second=8, n_beyond=4, n_pairs=99, n_sampled=8, samples=4,
                  max_new=12, window=128, val_tokens=10 ** 6)
     evaluation.main(eval_args(data, **flags))
     results = [json.loads((out / "results.json").read_text())["stages"]]
@@ -385,7 +386,7 @@ def test_figures_that_are_no_numbers_are_refused(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag, values", [
-    ("samples", (0, 10 ** 5)), ("n_sampled", (0, -1)), ("n_greedy", (0,)), ("n_many", (0,)),
+    ("samples", (0, 10 ** 5)), ("n_sampled", (0, -1)), ("n_greedy", (0,)), ("n_second", (0,)), ("n_beyond", (0,)), ("n_pairs", (0,)),
     ("n_primed", (0,)), ("max_new", (0, 10 ** 8)), ("window", (0, -3)), ("val_tokens", (1,)),
     ("seed", (-1, 2 ** 32, 10 ** 23))])
 def test_eval_refuses_numbers_that_cannot_be(world, tmp_path, refuses, flag, values):
@@ -460,7 +461,7 @@ def test_report_reads_old_logs_and_new_ones(tmp_path, capsys, monkeypatch):
 def test_report_draws_intervals_as_they_are(tmp_path):
     """Asymmetric, one colour a stage in all panels, shares from 0 to 1, an axis says its unit."""
     import matplotlib.pyplot as plt
-    share = evaluation.share([1] * 19 + [0])
+    share = figures.share([1] * 19 + [0])
     results = {"a": {f"{mode}, steps {n}": share for mode in report.PRIMERS for n in (2, 10)},
                "b": {"free, steps 2": share}}
     panels = report.by_steps(results, {"a": "04_rlvr", "b": "03_dpo"})
@@ -501,7 +502,7 @@ def test_eval_without_steps_and_other_files(world, tmp_path, capsys):
     rows = [{"prompt": f"{i} and {i}?", "answer": str(2 * i)} for i in range(6)]
     (tmp_path / "rl_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluation.main(eval_args(tmp_path, checkpoints=[str(out / "02_cot.pt")], out=str(tmp_path),
-                              n_greedy=9, n_many=9, n_sampled=4, max_new=8))
+                              n_greedy=9, n_sampled=4, max_new=8))
     assert "val.bin is not there" in capsys.readouterr().out
     figures = json.loads((tmp_path / "results.json").read_text())["stages"]["02_cot"]
     assert figures["free"]["n"] == 6 and figures["pass@1"]["n"] == 4 and "careful" not in figures

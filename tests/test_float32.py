@@ -110,7 +110,7 @@ def test_evaluation(world, tmp_path, narrow, monkeypatch):  # noqa: F811
     out, data = world
     monkeypatch.setattr(sys, "argv", ["eval.py", *(str(out / f"{name}.pt") for name in (
         "00_pretrain", "02_cot", "03_dpo", "06_reward")), "--out", str(tmp_path), "--data",
-        str(data), "--n_greedy", "3", "--n_many", "3", "--n_sampled", "4", "--samples", "2",
+        str(data), "--n_greedy", "3", "--n_sampled", "4", "--samples", "2",
         "--max_new", "6"])
     runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
     assert (tmp_path / "results.json").is_file()

@@ -217,7 +217,7 @@ def test_recipe(stages, sources, bpe, tmp_path, monkeypatch, script):
             run(stages[stem], stages[stem].cli(stages[stem].Config))
             assert len(steps_of(f"{tmp_path}/out/406m/{stem}.jsonl")) == 2
         else:
-            few = "--max_new 4 --n_greedy 2 --n_many 2 --n_primed 2 --n_sampled 2".split()
+            few = "--max_new 4 --n_greedy 2 --n_primed 2 --n_sampled 2".split()
             done = subprocess.run([sys.executable, str(ROOT / name), *args,
                                    *few * (stem == "eval")], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
