@@ -24,6 +24,7 @@ from conftest import load_stage, unlock  # noqa: E402
 
 import chat  # noqa: E402
 import eval as evaluation  # noqa: E402
+import model as kernel  # noqa: E402
 import figures  # noqa: E402
 import report  # noqa: E402
 from model import GPT, GPTConfig, Tokenizer, save  # noqa: E402
@@ -179,6 +180,8 @@ def world(tmp_path_factory):
 
     write("rl_test.jsonl", [{"prompt": f"Tom has {i}?", "answer": str(i), "steps": i % 5 + 1}
                             | ({"seen": True} if i % 5 == 0 else {}) for i in range(25)])
+    write("rl_long.jsonl", [{"prompt": f"Tom had {i}?", "answer": str(i), "steps": i % 3 + 6,
+                             "beyond": ["steps", "wording"][i % 2]} for i in range(24)])
     write("pairs_test.jsonl", [{"prompt": f"{i}?", "chosen": f"<answer>{i}</answer>",
                                 "rejected": "<answer>0</answer>", "kind": "ab"[i % 2]}
                                for i in range(1, 9)])
@@ -202,8 +205,8 @@ def ask_args(data, **more):
 
 def test_eval_end_to_end_on_one_rank_and_on_two(world, capsys):
     out, data = world
-    flags = dict(out=str(out), n_greedy=5, n_primed=100, n_second=8, n_beyond=4, n_pairs=99, n_sampled=8, samples=4,
-                 max_new=12, window=128, val_tokens=10 ** 6)
+    flags = dict(out=str(out), n_greedy=5, n_primed=100, n_second=8, n_beyond=4, n_pairs=3,
+                 n_sampled=8, samples=4, max_new=12, window=128, val_tokens=10 ** 6)
     evaluation.main(eval_args(data, **flags))
     results = [json.loads((out / "results.json").read_text())["stages"]]
     assert "gain, question by question" in capsys.readouterr().out
@@ -217,12 +220,14 @@ def test_eval_end_to_end_on_one_rank_and_on_two(world, capsys):
     assert done.stdout.count("gain, question by question") == 1
     results.append(json.loads((out / "results.json").read_text())["stages"])
     base, dpo, reward = (results[0][s] for s in ("00_pretrain", "03_dpo", "06_reward"))
-    assert base["format"]["n"] == 15 and "pass@1" not in base
+    assert base["format"]["n"] == 25 and "pass@1" not in base
     assert base["bits"]["mean"] > 5 > base["bits of 5-grams"]["mean"]  # train.bin is val.bin
     assert dpo["free"]["n"] == 20 and dpo["free, steps 1"]["n"] == 5           # without seen facts
     assert abs(dpo["KL/token"]["mean"]) < 1e-5                     # equal to its start
     assert dpo["margin, all"]["mean"] == 0 and dpo["prefers, all"]["mean"] == 0
-    assert reward["prefers, a"]["n"] == 4 and "free" not in reward
+    assert reward["prefers, a"]["n"] == 3 and "free" not in reward          # --n_pairs
+    assert dpo["second turn"]["n"] == 8 == dpo["second - first"]["n"]
+    assert [dpo[f"beyond, {k}"]["n"] for k in ("steps", "wording")] == [6, 6]   # 2 of 6, 7, 8
     for stage, figures in results[0].items():                      # sharding changes nothing
         for name, figure in figures.items():
             for key in figure or {}:
@@ -274,14 +279,15 @@ def test_the_record_says_what_is_asked(world, tmp_path, capsys):
         opened = evaluation.open_stage(args, tmp_path / f"{file}.pt")
         asked[stage] = [what for what, *_ in evaluation.plan(args, opened.kind)]
     assert asked == {"00_pretrain": ["bits", "free"], "06_reward": ["pairs"],
-                     "02_cot": ["bits", "free", "answer", "think", "sampled", "chat"]}
+                     "02_cot": ["bits", "free", "answer", "think", "second", "sampled", "beyond",
+                                "chat"]}
     assert "names no stage" not in capsys.readouterr().out
     whole = torch.load(out / "03_dpo.pt", weights_only=True)
     for record in ({}, {"stage": 7, "config": [], "inputs": 5}, whole["record"] | {"stage": ""}):
         save(tmp_path / "03_dpo.pt", **whole | {"record": record})
         opened = evaluation.open_stage(args, tmp_path / "03_dpo.pt")
         assert "its record names no stage" in capsys.readouterr().out
-        assert len(evaluation.plan(args, opened.kind)) == 7
+        assert len(evaluation.plan(args, opened.kind)) == 9
         assert bool(evaluation.preferences(args, opened)) == (record.get("stage") == "")
     whole = torch.load(out / "06_reward.pt", weights_only=True)
     save(tmp_path / "old.pt", **whole | {"record": {}})            # a head says what it is
@@ -311,6 +317,123 @@ def test_rows_with_and_without_steps(world, tmp_path):
         row["seen"] = True
     (tmp_path / "rl_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evaluation.sampled(args, evaluation.open_stage(args, world[0] / "02_cot.pt")) == {}
+
+
+class Scripted:
+    """Stands for `generate`: answers what `say` makes of the whole prompt's text."""
+
+    def __init__(self, tok, say):
+        self.tok, self.say, self.prompts = tok, say, []
+
+    def __call__(self, model, prompts, *_, **__):
+        texts = list(map(self.tok.decode, prompts))
+        self.prompts += texts
+        said = [self.tok.encode_completion(self.say(text)) + [self.tok.end] for text in texts]
+        return said, [[0.0] * len(s) for s in said]
+
+
+def scripted(world, monkeypatch, say, **flags):
+    args = ask_args(world[1], **flags)
+    stage = evaluation.open_stage(args, world[0] / "02_cot.pt")
+    model = Scripted(stage.tokenizer, say)
+    monkeypatch.setattr(evaluation, "generate", model)
+    return args, stage, model
+
+
+def test_no_answer_is_computed_twice(world, monkeypatch):
+    """What opens with <think> on its own is the answer with that primer; the rest is asked."""
+    def say(text):
+        n = int(text.split("Tom has ")[1].split("?")[0])
+        opened = "" if text.endswith(("<think>", "<answer>")) else "<think>" * (n % 2)
+        return f"{opened}1+1=2</think><answer>{n}</answer>"
+
+    args, stage, model = scripted(world, monkeypatch, say)
+    free = evaluation.greedy(args, stage, "free", 5)
+    assert len(model.prompts) == 25 and free["free"]["mean"] == 0.5
+    model.prompts.clear()
+    think = evaluation.greedy(args, stage, "think", 5)
+    assert len(model.prompts) == 13 and all(text.endswith("<think>") for text in model.prompts)
+    assert think["think"]["mean"] == 1 and think["think"]["n"] == 20
+    model.prompts.clear()
+    assert evaluation.greedy(args, stage, "answer", 5)["answer"]["mean"] == 0
+    assert len(model.prompts) == 25
+    for i, ids in stage.said.items():      # one that was cut would have had one token more
+        stage.said[i] = ids[:-1]
+    model.prompts.clear()
+    evaluation.greedy(args, stage, "think", 5)
+    assert len(model.prompts) == 25
+
+
+def test_second_turns(world, monkeypatch):
+    """The prompt is the one that chat.py would have, and the gain is question by question."""
+    def say(text):
+        n = int(text.rsplit("Tom has ")[-1].split("?")[0])
+        later = text.count("<|user|>") == 2
+        return f"<answer>{n if n % 5 and (n > 10 or not later) else 99}</answer>"
+
+    args, stage, model = scripted(world, monkeypatch, say, n_second=20)
+    evaluation.greedy(args, stage, "free", 5)
+    model.prompts.clear()
+    figures = evaluation.second(args, stage)
+    # of the 20 held-out questions the one in the middle would have followed itself
+    assert figures["second turn"]["n"] == 19 and figures["second turn"]["mean"] == 11 / 19
+    gain = figures["second - first"]
+    assert figures["the same first"]["mean"] == 1 and gain["mean"] == pytest.approx(-8 / 19)
+    assert gain["low"] < gain["mean"] < gain["high"] < 0
+    talk = chat.Talk(str(world[0] / "02_cot.pt"), argparse.Namespace(**FLAGS | {"max_new": 50}))
+    monkeypatch.setattr(chat, "generate", lambda *a, on_token, **k: evaluation.generate(*a, **k))
+    for text in model.prompts[:]:
+        one, two = (t.split("?")[0] + "?" for t in text.split("<|user|>")[1:])
+        talk.forget()
+        talk.answer(one)
+        assert talk.tokenizer.decode(talk.prompt(two)) == text
+        assert one != two
+    stage.tokenizer.between = {"user": [0], "user assistant": [1]}    # a chat for one question
+    assert evaluation.second(args, stage) == {}
+
+
+def test_beyond_training(world, monkeypatch):
+    def say(text):
+        n = int(text.split("Tom had ")[1].split("?")[0])
+        return f"<answer>{n if n % 2 else 99}</answer>"            # odd: wording
+
+    args, stage, model = scripted(world, monkeypatch, say, n_beyond=9)
+    figures = evaluation.beyond(args, stage)
+    assert {k: (f["mean"], f["n"]) for k, f in figures.items()} == {
+        "beyond, steps": (0, 9), "beyond, wording": (1, 9)}
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    monkeypatch.setitem(kernel.SWITCHES, "bf16", 1)
+
+
+def test_scores_are_not_rounded_to_bf16(world, bf16):
+    """As in 06: the trunk is narrow, the head with its one row is not."""
+    args = ask_args(world[1])
+    stage = evaluation.open_stage(args, world[0] / "06_reward.pt")
+    margins = []
+    for row in map(json.loads, (world[1] / "pairs_test.jsonl").open()):
+        with torch.no_grad(), kernel.autocast("cpu"):
+            sides = [stage.tokenizer.answered(row["prompt"], row[k])[0]
+                     for k in ("chosen", "rejected")]
+            rows = [stage.model.forward_hidden(torch.tensor([ids]))[0, -1].float() for ids in sides]
+        margins.append(float((rows[0] - rows[1]) @ stage.head.weight[0]))
+    exact, whole = np.mean(margins), evaluation.preferences(args, stage)["margin, all"]["mean"]
+    assert whole == pytest.approx(exact, abs=2e-4)
+    rounded = np.mean([float(torch.tensor(m).bfloat16()) for m in margins])
+    assert exact != 0 and max(map(abs, margins)) > 1e-2 and rounded != exact
+
+
+def test_pairs_are_trimmed_as_the_template_does(world, tmp_path):
+    spec = Tokenizer({"kind": "chars", "chars": CHARS}).spec | {"strip": 1}
+    record = torch.load(world[0] / "03_dpo.pt", weights_only=True)["record"] | {"stage": "simpo"}
+    checkpoint(tmp_path / "x.pt", Tokenizer(spec), record, seed=3)
+    rows = [{"prompt": "1?", "chosen": f" {i}\n", "rejected": f"{i}"} for i in range(5)]
+    (tmp_path / "pairs_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ask_args(tmp_path)
+    figure = evaluation.preferences(args, evaluation.open_stage(args, tmp_path / "x.pt"))
+    assert figure["margin, all"]["mean"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_shoot_out_asks_the_same(world, tmp_path, monkeypatch):
@@ -346,8 +469,8 @@ def test_a_part_that_fails_costs_no_other(world, tmp_path, capsys, monkeypatch):
     args = eval_args(tmp_path, checkpoints=paths, out=str(tmp_path / "out"))
     preferences = evaluation.preferences
 
-    def broken(args, stage):
-        return preferences(args, stage) if stage.kind == "06_reward" else {}["steps"]
+    def broken(args, stage, n):
+        return preferences(args, stage, n) if stage.kind == "06_reward" else {}["steps"]
 
     monkeypatch.setattr(evaluation, "preferences", broken)
     leaves(lambda: evaluation.main(args), 2)

@@ -95,6 +95,13 @@ def read_trace(completion):
     return lines, int(answer)
 
 
+def read_any(prompt):
+    """The problem of a question in any wording: the first number, then each verb with its own."""
+    acts = re.findall(r"\b(\w+)(?: (\d)\b)?", prompt)
+    ops = tuple(OP_OF[word] + (n or "2") for word, n in acts if word in OP_OF)
+    return int(re.search(r"\d+", prompt)[0]), ops
+
+
 def read_story(text):
     first, *rest = re.findall(r"has (\d+) \w+\.", text)
     acts = re.findall(r"(?:He|She) (\w+)(?: (\d))?\. Now", text)
@@ -124,6 +131,15 @@ def spelled(lines):
     return {run for run in runs(lines) if run[0] <= 30}
 
 
+def turns(row):
+    """[(prompt, completion)]: two of a dialogue, one of another demonstration."""
+    if "messages" not in row:
+        return [(row["prompt"], row["completion"])]
+    said = [message["content"] for message in row["messages"]]
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 2
+    return list(zip(said[::2], said[1::2]))
+
+
 def problem_lines(prompt):
     start, ops = read_question(prompt)
     return [(start, ops, evaluate(start, ops))]
@@ -136,7 +152,7 @@ def test_two_makes_are_equal(made, twin):
     text = process.communicate()[0]
     assert process.returncode == 0, text
     names = sorted(path.name for path in made.iterdir())
-    assert names == sorted(path.name for path in out.iterdir()) and len(names) == 17
+    assert names == sorted(path.name for path in out.iterdir()) and len(names) == 18
     for name in names:
         assert (made / name).read_bytes() == (out / name).read_bytes(), name
 
@@ -154,16 +170,21 @@ def test_training_spells_out_no_held_out_problem(rows, raw):
                     for name in files for row in rows[name] if row.get("steps", 1) > 1}
             for split, files in (("test", ["rl_test", "pairs_test"]),
                                  ("val", ["rl_val", "pairs_val", "sft_val", "cot_val"]))}
+    held["test"] |= {read_any(row["prompt"]) for row in rows["rl_long"] if row["beyond"] != "range"}
+    held["val"] |= {problem for name in ("sft_val", "cot_val") for row in rows[name]
+                    for prompt, text in turns(row) if "<answer>" in text
+                    if len((problem := read_question(prompt))[1]) > 1}
     assert not held["test"] & held["val"]
     for steps in (2, 3, 4, 5):
         assert sum(len(ops) == steps for _, ops in held["test"]) >= 1000
     seen = collections.defaultdict(set)
     for name in ("sft_train", "cot_train", "pairs_train", "rl_train"):
         for row in rows[name]:
-            if "steps" not in row:
-                continue
-            seen[name] |= spelled(problem_lines(row["prompt"]))
-            for text in (row.get(key, "") for key in ("completion", "chosen", "rejected")):
+            texts = [(row["prompt"], row.get(key, "")) for key in ("chosen", "rejected")
+                     ] if "prompt" in row and "completion" not in row else turns(row)
+            for prompt, text in texts:
+                if "How many" in prompt:
+                    seen[name] |= spelled(problem_lines(prompt))
                 if TRACE.fullmatch(text):
                     seen[name] |= spelled(read_trace(text)[0])
     for text in raw["train"]:
@@ -205,29 +226,94 @@ def test_raw_text(raw):
 
 
 def test_answers(rows):
-    for name in rows:
+    for name in set(rows) - {"rl_long"}:
         for row in rows[name]:
-            if "steps" not in row:
-                assert "<" not in row["completion"] and row["kind"] != "math"
-                continue
-            start, ops = read_question(row["prompt"])
-            assert len(ops) == row["steps"] and 1 <= start <= 30
-            right = evaluate(start, ops)
-            text = row.get("completion", row.get("chosen"))
             if "answer" in row:
-                assert row["answer"] == str(right)
-            elif name.startswith("sft"):
-                assert text == f"<answer>{right}</answer>"
+                start, ops = read_question(row["prompt"])
+                assert len(ops) == row["steps"] and 1 <= start <= 30
+                assert row["answer"] == str(evaluate(start, ops))
+            elif "chosen" in row:
+                check_math(name, row["prompt"], row["chosen"], row)
             else:
-                lines, answer = read_trace(text)
-                assert answer == right == lines[-1][2]
-                assert ops == tuple(op for _, group, _ in lines for op in group)
-                assert [line[0] for line in lines] == [start] + [line[2] for line in lines[:-1]]
-                assert all(evaluate(value, group) == result for value, group, result in lines)
-                careful = all(len(group) == 1 for _, group, _ in lines)
-                assert max(len(group) for _, group, _ in lines) <= 3
-                if "manner" in row and row["steps"] > 1:
-                    assert careful == (row["manner"] == "careful")
+                for prompt, text in turns(row):
+                    if "How many" in prompt:
+                        check_math(name, prompt, text, row)
+                    else:
+                        assert "<" not in text and row["kind"] != "math"
+
+
+def check_math(name, prompt, text, row):
+    start, ops = read_question(prompt)
+    assert len(ops) == row.get("steps", len(ops)) and 1 <= start <= 30
+    right = evaluate(start, ops)
+    if name.startswith("sft"):
+        assert text == f"<answer>{right}</answer>"
+        return
+    lines, answer = read_trace(text)
+    assert answer == right == lines[-1][2]
+    assert ops == tuple(op for _, group, _ in lines for op in group)
+    assert [line[0] for line in lines] == [start] + [line[2] for line in lines[:-1]]
+    assert all(evaluate(value, group) == result for value, group, result in lines)
+    careful = all(len(group) == 1 for _, group, _ in lines)
+    assert max(len(group) for _, group, _ in lines) <= 3
+    if "manner" in row and row["steps"] > 1:
+        assert careful == (row["manner"] == "careful")
+
+
+def test_dialogues(rows):
+    """An eighth of the demonstrations are two items drawn on their own; each fits the context."""
+    from model import Tokenizer
+    tok = Tokenizer({"kind": "chars", "chars": "".join(sorted(toy.BASIC))})
+    for name in ("sft_train", "sft_val", "cot_train", "cot_val"):
+        found = [row for row in rows[name] if "messages" in row]
+        assert abs(len(found) / len(rows[name]) - 0.12) < 0.02
+        assert all(set(row) == {"messages", "kind"} and row["kind"] == "dialogue" for row in found)
+        for row in rows[name]:
+            ids, mask = tok.chat(row.get("messages") or [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]}])
+            assert len(ids) <= 256 and sum(mask) > 1
+    found = [turns(row) for row in rows["cot_train"] if "messages" in row]
+    math = np.array([["How many" in prompt for prompt, _ in row] for row in found])
+    assert np.all(np.abs(math.mean(0) - 0.9) < 0.03)               # in both turns alike
+    assert abs(np.corrcoef(math.T)[0, 1]) < 0.1
+    assert np.mean([a == b for a, b in found]) < 0.01
+
+
+def test_questions_beyond_training(rows, raw):
+    """Beyond in the one way that the row names, and in no other."""
+    from model import Tokenizer
+    tok = Tokenizer({"kind": "chars", "chars": "".join(sorted(toy.BASIC))})
+    shape = lambda prompt: re.sub("|".join([*toy.HE, *toy.SHE]), "Tom", re.sub(
+        "|".join(toy.THINGS), "nuts", re.sub(r"\d+", "1", prompt)))
+    trained = [prompt for name in ("sft_train", "cot_train") for row in rows[name]
+               for prompt, _ in turns(row)]
+    words = {word for text in (*trained, *raw["train"]) for word in re.findall(r"[a-zA-Z]+", text)}
+    known, new = {shape(prompt) for prompt in trained}, set()
+    assert collections.Counter(row["beyond"] for row in rows["rl_long"]) == {
+        "steps": 240, "range": 240, "wording": 240}
+    count = collections.Counter((row["beyond"], row["steps"]) for row in rows["rl_long"])
+    assert set(count.values()) == {60, 80}
+    for row in rows["rl_long"]:
+        start, ops = read_any(row["prompt"])
+        beyond = row["beyond"]
+        assert len(ops) == row["steps"] and row["answer"] == str(evaluate(start, ops))
+        assert row["steps"] in ((6, 7, 8) if beyond == "steps" else (2, 3, 4, 5))
+        assert 31 <= start <= 60 if beyond == "range" else 1 <= start <= 30
+        assert toy.split_of(f"{start}{''.join(ops)}") == "test"
+        said = re.findall("[a-zA-Z]+", row["prompt"])
+        if beyond == "wording":
+            assert shape(row["prompt"]) not in known
+            new |= set(said) - words
+        else:
+            assert read_question(row["prompt"]) == (start, ops)
+        lines = toy.completion_of(toy.trace(start, list(ops), [1] * len(ops)))
+        ids, mask = tok.answered(row["prompt"], lines)
+        assert len(ids) <= 256 and sum(mask) <= 100                # eval.py's --max_new
+    assert len(new) <= 3, new
+    for beyond in ("steps", "range", "wording"):
+        problems = [read_any(row["prompt"]) for row in rows["rl_long"] if row["beyond"] == beyond]
+        assert len(set(problems)) == 240
 
 
 def test_worse_traces_are_worse_in_their_way(rows):
@@ -283,17 +369,18 @@ def test_shares(rows):
     assert {name: len(rows[name]) for name in rows if name != "chat_test"} == {
         "sft_train": 16000, "sft_val": 500, "cot_train": 16000, "cot_val": 500,
         "pairs_train": 8000, "pairs_val": 400, "pairs_test": 2500,
-        "rl_train": 6000, "rl_val": 400, "rl_test": 4400}
+        "rl_train": 6000, "rl_val": 400, "rl_test": 4400, "rl_long": 720}
     for name, other in (("sft_train", 0.15), ("cot_train", 0.10)):
-        math = [row for row in rows[name] if row["kind"] == "math"]
-        assert abs(1 - len(math) / 16000 - other) < 0.02
+        alone = [row for row in rows[name] if row["kind"] != "dialogue"]
+        math = [row for row in alone if row["kind"] == "math"]
+        assert abs(1 - len(math) / len(alone) - other) < 0.02
         ones = {"sft_train": 5 / 9, "cot_train": 1 / 5}[name]        # the rest evenly on 2-5
         for steps, n in collections.Counter(row["steps"] for row in math).items():
             assert abs(n / len(math) - (ones if steps == 1 else (1 - ones) / 4)) < 0.02
         ops = [op for row in math for op in read_question(row["prompt"])[1]]
         assert 0.25 < np.mean([op[0] in "*/" for op in ops]) < 0.45
         assert {row["kind"] for row in rows[name]} == {row["kind"] for row in rows["chat_test"]} | {
-            "math"}
+            "math", "dialogue"}
     math = [row for row in rows["cot_train"] if row["kind"] == "math"]
     assert abs(np.mean([row["manner"] == "hasty" for row in math]) - 0.55) < 0.02
     for name in ("pairs_train", "pairs_val", "pairs_test"):
@@ -307,11 +394,14 @@ def test_shares(rows):
 
 
 def test_prompts(rows):
-    asked = {row["prompt"] for name in ("sft_train", "cot_train") for row in rows[name]}
-    for name in rows:
+    asked = {prompt for name in ("sft_train", "cot_train") for row in rows[name]
+             for prompt, _ in turns(row)}
+    for name in set(rows) - {"rl_long"}:
         for row in rows[name]:
-            assert not set("<>|") & set(row["prompt"]) and len(row["prompt"]) <= 90
-            for key in ("completion", "chosen", "rejected"):
-                assert len(row["prompt"]) + len(row.get(key, "")) <= 170
+            pairs = turns(row) if "messages" in row or "completion" in row else [
+                (row["prompt"], row.get(key, "")) for key in ("chosen", "rejected")]
+            for prompt, text in pairs:
+                assert not set("<>|") & set(prompt) and len(prompt) <= 90
+                assert len(prompt) + len(text) <= 170
     assert 180 <= len(rows["chat_test"]) <= 240
     assert not any(row["prompt"] in asked for row in rows["chat_test"])
