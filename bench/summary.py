@@ -36,6 +36,13 @@ def tables():
     lines += ["", "| greedy, by steps | 1 (seen facts) | 2 | 3 | 4 | 5 |", "|---" * 6 + "|"]
     lines += [f"| {ROWS[stage]} | " + " | ".join(cell(runs, stage, s) for s in steps) + " |"
               for stage in ROWS]
+    beyond = [f"beyond, {kind}" for kind in ("steps", "range", "wording")]
+    asked = ["the same first", "second turn", *beyond]
+    if all(run["stages"]["02_cot"].get(figure) for run in runs for figure in asked):
+        lines += ["", "| greedy | first turn | as a second turn | 6-8 steps | starts of 31-60 | "
+                  "new wording |", "|---" * 6 + "|"]
+        lines += [f"| {ROWS[stage]} | " + " | ".join(cell(runs, stage, f) for f in asked) + " |"
+                  for stage in ROWS]
     lines += ["", "| prefers the chosen | " + " | ".join(KINDS) + " |", "|---" * 5 + "|"]
     for stage, label in (("03_dpo", "03, implicit reward"), ("06_reward", "06, reward model")):
         cells = [cell(runs, stage, f"prefers, {kind}") for kind in KINDS]

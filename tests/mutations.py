@@ -730,8 +730,35 @@ put("votes-by-the-letter", "maj@k counts 7 and 7.0 as two answers", "figures.py"
     "said.setdefault(vote_key(found[1]), [])", "said.setdefault(found[1], [])",
     "eval_chat.py::test_majority_and_careful")
 
-put("interval-of-no-width", "where all units are equal the figure is taken for certain", "figures.py",
-    "if spread <= 1e-9", "if spread < 0 * 1e-9", "eval_chat.py::test_no_interval_has_no_width")
+put("interval-of-no-width", "where all units are equal the figure is taken for certain",
+    "figures.py", "if spread <= 1e-9", "if spread < 0 * 1e-9", "eval_chat.py::test_no_interval_has_no_width")
+
+put("cut-answer-used-again", "an answer cut at --max_new is taken for one with the primer",
+    "eval.py", "if ids[: len(opener)] == opener and ids[-1] == end}", "if ids[: len(opener)] == opener}",
+    "eval_chat.py::test_no_answer_is_computed_twice")
+
+put("second-turn-as-the-first", "a second turn is judged by the answer of the first", "eval.py",
+    "before = [stage.right[\"free\"][row[\"id\"]] for row in rows]", "before = right",
+    "eval_chat.py::test_second_turns")
+
+put("scores-rounded-by-autocast", "eval.py multiplies a reward model's head in bf16", "eval.py",
+    "return ((hidden * stage.head.weight).sum(-1) + stage.head.bias).tolist()",
+    "return stage.head(hidden)[:, 0].tolist()", "eval_chat.py::test_scores_are_not_rounded_to_bf16")
+
+put("untrimmed-pairs", "eval.py scores blanks that the template takes off", "eval.py",
+    "sides = [tok.answered(row[\"prompt\"], row[key]) for key in (\"chosen\", \"rejected\")]",
+    "p = tok.prompt(row[\"prompt\"]); sides = [(p + c, [0] * len(p) + [1] * len(c)) for c in ("
+    "tok.encode_completion(row[key]) + [tok.end] for key in (\"chosen\", \"rejected\"))]",
+    "eval_chat.py::test_pairs_are_trimmed_as_the_template_does")
+
+put("range-as-in-training", "questions beyond the range start where training does", "data/toy.py",
+    "start, ops = draw(rng, n, \"test\", starts)", "start, ops = draw(rng, n, \"test\")",
+    "toy.py::test_questions_beyond_training")
+
+put("one-item-said-twice", "a dialogue's second turn repeats its first", "data/toy.py",
+    "rows.append(items[0] if turns == 1 else dialogue(items))",
+    "rows.append(items[0] if turns == 1 else dialogue([items[0]] * 2))",
+    "toy.py::test_dialogues")
 
 put("half-of-an-interval", "what is printed of Wilson's interval is half of its width", "report.py",
     "if abs(high + low - 2 * mean) > 1e-6 * (high - low):", "if False:",

@@ -195,8 +195,8 @@ def world(tmp_path_factory):
 def eval_args(data, **more):
     return argparse.Namespace(**dict(
         data=str(data), out=str(data.parent / "judged"), device="cpu", seed=0, checkpoints=[],
-        n_primed=1, n_second=4, n_beyond=3, n_pairs=9, n_greedy=2, n_sampled=5, samples=2, max_new=6, window=32,
-        val_tokens=200) | more)
+        n_greedy=2, n_primed=1, n_second=4, n_beyond=3, n_pairs=9, n_sampled=5, samples=2,
+        max_new=6, window=32, val_tokens=200) | more)
 
 
 def ask_args(data, **more):
@@ -509,7 +509,8 @@ def test_figures_that_are_no_numbers_are_refused(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag, values", [
-    ("samples", (0, 10 ** 5)), ("n_sampled", (0, -1)), ("n_greedy", (0,)), ("n_second", (0,)), ("n_beyond", (0,)), ("n_pairs", (0,)),
+    ("samples", (0, 10 ** 5)), ("n_sampled", (0, -1)), ("n_greedy", (0,)), ("n_second", (0,)),
+    ("n_beyond", (0,)), ("n_pairs", (0,)),
     ("n_primed", (0,)), ("max_new", (0, 10 ** 8)), ("window", (0, -3)), ("val_tokens", (1,)),
     ("seed", (-1, 2 ** 32, 10 ** 23))])
 def test_eval_refuses_numbers_that_cannot_be(world, tmp_path, refuses, flag, values):
