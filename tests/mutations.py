@@ -731,10 +731,12 @@ put("votes-by-the-letter", "maj@k counts 7 and 7.0 as two answers", "figures.py"
     "eval_chat.py::test_majority_and_careful")
 
 put("interval-of-no-width", "where all units are equal the figure is taken for certain",
-    "figures.py", "if spread <= 1e-9", "if spread < 0 * 1e-9", "eval_chat.py::test_no_interval_has_no_width")
+    "figures.py", "if spread <= 1e-9", "if spread < 0 * 1e-9",
+    "eval_chat.py::test_no_interval_has_no_width")
 
 put("cut-answer-used-again", "an answer cut at --max_new is taken for one with the primer",
-    "eval.py", "if ids[: len(opener)] == opener and ids[-1] == end}", "if ids[: len(opener)] == opener}",
+    "eval.py", "if ids[: len(opener)] == opener and ids[-1] == end}",
+    "if ids[: len(opener)] == opener}",
     "eval_chat.py::test_no_answer_is_computed_twice")
 
 put("second-turn-as-the-first", "a second turn is judged by the answer of the first", "eval.py",
