@@ -23,8 +23,8 @@ turn would be answered as nothing that was ever seen.
 What is held out. A problem is its start and operations; its sha256 says train, val or test, so
 no file and no wording can disagree. Training material of any kind holds no trace, story or
 question that contains a val or test problem even as a part: every run of two or more operations
-is looked up, from the value where it starts. A single fact such as 12+5=17 is knowledge. (What
-starts above 30 is never asked in training, but its operations may stand in the middle of a trace.)
+is looked up, from the value where it starts. A single fact such as 12+5=17 is knowledge. (Runs from
+above 30 are not looked up: they are never asked in training, but some stand inside its traces.)
 
 What makes a trace worse. `hasty`: several operations in one line, wrong half of the time (shorter).
 `pad`: a line said twice (longer). `skip`: one operation of the question ignored (shorter).
@@ -49,8 +49,9 @@ AT_ONCE = 3  # operations that a hasty line does, at most
 DIALOGUE_SHARE = 0.12  # of the demonstrations
 VAL_SHARE, TEST_SHARE = 0.05, 0.18
 SLIPS = (-10, -3, -2, -1, 1, 2, 3, 10)  # how far a wrong result is off
-# Beyond training: {what: (steps, starts)}. Eight operations with their trace fit 256 tokens.
-BEYOND = {"steps": ((6, 7, 8), (1, MAX_START)), "range": (STEPS[1:], (31, 60)),
+# Beyond training: {what: (steps, starts)}. Eight operations with their trace fit 256 tokens. Two
+# operations from above 30 stand inside many a trace of training, three or more in few.
+BEYOND = {"steps": ((6, 7, 8), (1, MAX_START)), "range": (STEPS[2:], (31, 60)),
           "wording": (STEPS[1:], (1, MAX_START))}
 PAIR_KINDS = ["hasty"] * 2 + ["pad"] * 4 + ["skip"] * 2 + ["wrong"] * 2
 

@@ -298,7 +298,7 @@ def test_questions_beyond_training(rows, raw):
         start, ops = read_any(row["prompt"])
         beyond = row["beyond"]
         assert len(ops) == row["steps"] and row["answer"] == str(evaluate(start, ops))
-        assert row["steps"] in ((6, 7, 8) if beyond == "steps" else (2, 3, 4, 5))
+        assert row["steps"] in {"steps": (6, 7, 8), "range": (3, 4, 5)}.get(beyond, (2, 3, 4, 5))
         assert 31 <= start <= 60 if beyond == "range" else 1 <= start <= 30
         assert toy.split_of(f"{start}{''.join(ops)}") == "test"
         said = re.findall("[a-zA-Z]+", row["prompt"])
@@ -311,9 +311,12 @@ def test_questions_beyond_training(rows, raw):
         ids, mask = tok.answered(row["prompt"], lines)
         assert len(ids) <= 256 and sum(mask) <= 100                # eval.py's --max_new
     assert len(new) <= 3, new
+    spelled_out = {run for row in rows["cot_train"] for _, text in turns(row)
+                   if TRACE.fullmatch(text) for run in runs(read_trace(text)[0])}
     for beyond in ("steps", "range", "wording"):
-        problems = [read_any(row["prompt"]) for row in rows["rl_long"] if row["beyond"] == beyond]
-        assert len(set(problems)) == 240
+        problems = {read_any(row["prompt"]) for row in rows["rl_long"] if row["beyond"] == beyond}
+        assert len(problems) == 240
+        assert len(problems & spelled_out) <= (24 if beyond == "range" else 0)
 
 
 def test_worse_traces_are_worse_in_their_way(rows):
