@@ -26,8 +26,9 @@ def rows_of(n, seed=0):
 def test_score_of_the_reward_model(stages, name):
     """The head multiplies in fp32 under autocast, forward and backward: on the same bf16 trunk its
     scores are those of fp32 arithmetic, and 20 near ones are 20 numbers."""
-    head = [torch.nn.Linear(16, 1).state_dict()] * (name == "05_ppo")
-    scorer = stages[name].RewardModel(model_of(), *head)
+    scorer = stages["06_reward"].RewardModel(model_of())
+    if name == "05_ppo":
+        scorer = stages[name].RewardModel(scorer.model, scorer.head.state_dict())
     with torch.no_grad():
         scorer.head.bias.fill_(8.0)                # bf16 has no number between 8 and 8.06
     ids, mask = rows_of(20)
