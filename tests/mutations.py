@@ -646,6 +646,35 @@ put("score-in-bf16", "the one-row head under autocast: near scores are ties", "0
     "return at_least_fp32(self.head(hidden))[:, 0]", "precision.py::test_score_of_the_reward_model",
     "precision.py::test_no_ties")
 
+put("judge-in-bf16", "05 rounds the scores of 06's judge to bf16", "05_ppo.py",
+    "return (at_least_fp32(hidden) * self.head.weight).sum(-1) + self.head.bias",
+    "return at_least_fp32(self.head(hidden))[:, 0]",
+    "precision.py::test_score_of_the_reward_model[05_ppo]")
+
+put("values-in-bf16", "the values are rounded to bf16 before GAE subtracts them", "05_ppo.py",
+    "(at_least_fp32(hidden) * self.value.weight).sum(-1) + self.value.bias",
+    "at_least_fp32(self.value(hidden))[..., 0]", "precision.py::test_values[05_ppo]")
+
+put("worst-of-one-rank", "a cut completion's reward depends on which rank sampled it", "05_ppo.py",
+    "worst = -all_max(-min([-1.0, *rewards[~cut].tolist()]))",
+    "worst = min([-1.0, *rewards[~cut].tolist()])", "judge.py::test_reward_of_a_cut_completion")
+
+put("worst-of-the-cut", "a cut completion's own score decides what it costs", "05_ppo.py",
+    "*rewards[~cut].tolist()", "*rewards.tolist()", "judge.py::test_reward_of_a_cut_completion")
+
+put("judge-too-short", "a judge that cannot read the longest completion is found out in some step",
+    "05_ppo.py", "cfg.block_size < longest:", "cfg.block_size < longest - 1:",
+    "judge.py::test_context_of_the_judge")
+
+put("scale-of-one-pair", "the std of the scores of one pair is the unit of 05's rewards",
+    "06_reward.py", "if len(val) < 8:", "if len(val) < 1:", "judge.py::test_scale_of_few_pairs")
+
+put("no-decay-in-rl", "--weight_decay is not looked at", "04_rlvr.py",
+    "weight_decay=cfg.weight_decay", "weight_decay=0.0", "precision.py::test_weight_decay[04_rlvr]")
+
+put("largest-gap-of-one-rank", "the largest gap is that of rank 0", "model.py",
+    "all_max(float(gaps.max()))", "float(gaps.max())", "gap.py::test_gap_over_ranks")
+
 put("decay-not-passed", "--weight_decay is a flag that nobody reads", "01_sft.py",
     ", weight_decay=cfg.weight_decay)", ")", "precision.py::test_weight_decay[01_sft]")
 

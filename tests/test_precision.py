@@ -1,7 +1,7 @@
 """What autocast may not narrow: scores, implicit rewards, margins, log-sigmoids; weight decay."""
 import pytest
 import torch
-from conftest import LOSS, PAIRS, ROOT, kernel, run
+from conftest import LOSS, PAIRS, ROLLOUTS, ROOT, kernel, run
 
 BF16 = dict(device_type="cpu", dtype=torch.bfloat16)
 
@@ -22,10 +22,13 @@ def rows_of(n, seed=0):
     return ids, torch.tensor([0] * 5 + [1] * 4).repeat(n, 1)
 
 
-def test_score_of_the_reward_model(stages):
+@pytest.mark.parametrize("name", ["06_reward", "05_ppo"])
+def test_score_of_the_reward_model(stages, name):
     """The head multiplies in fp32 under autocast, forward and backward: on the same bf16 trunk its
     scores are those of fp32 arithmetic, and 20 near ones are 20 numbers."""
     scorer = stages["06_reward"].RewardModel(model_of())
+    if name == "05_ppo":
+        scorer = stages[name].RewardModel(scorer.model, scorer.head.state_dict())
     with torch.no_grad():
         scorer.head.bias.fill_(8.0)                # bf16 has no number between 8 and 8.06
     ids, mask = rows_of(20)
@@ -38,6 +41,25 @@ def test_score_of_the_reward_model(stages):
     (scores.sum()).backward()
     assert scorer.head.weight.grad.dtype == torch.float32
     assert torch.allclose(scorer.head.weight.grad[0], hidden.float().sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["05_ppo", "RL/ppo"])
+def test_values(stages, name):
+    """So does the value head at every place, and the log-probs beside it are fp32."""
+    actor = stages[name].ActorCritic(model_of())
+    with torch.no_grad():
+        actor.value.weight.normal_()
+        actor.value.bias.fill_(8.0)
+    ids = rows_of(20)[0]
+    with torch.autocast(**BF16):
+        hidden = actor.model.forward_hidden(ids[:, :-1])
+        logprobs, values = actor(ids[:, :-1], ids[:, 1:], 0.7)
+    expected = hidden.float() @ actor.value.weight[0] + actor.value.bias
+    assert logprobs.dtype == values.dtype == torch.float32 and values.shape == (20, 8)
+    assert torch.allclose(values, expected, rtol=1e-6)
+    values.sum().backward()
+    assert torch.allclose(actor.value.weight.grad[0], hidden.float().sum((0, 1)), rtol=1e-5,
+                          atol=1e-4)
 
 
 def test_no_ties(stages):
@@ -55,7 +77,7 @@ def test_no_ties(stages):
         torch.log1p(torch.exp(-margins.double())).sum().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRS if name != "06_reward"])
+@pytest.mark.parametrize("name", [n for n in PAIRS if n != "06_reward"] + ROLLOUTS)
 def test_everything_after_the_log_probs(name, stages, make, monkeypatch):
     """In a run with --bf16 1 the loss gets fp32 log-probs, and each tensor it makes is fp32."""
     stage, seen, made = stages[name], [], []
@@ -81,7 +103,7 @@ def test_everything_after_the_log_probs(name, stages, make, monkeypatch):
 
 # ---------------------------------------------------------------------------- weight decay
 
-DECAYED = ["00_pretrain", "01_sft", "02_cot", *PAIRS]
+DECAYED = ["00_pretrain", "01_sft", "02_cot", *PAIRS, *ROLLOUTS]
 
 
 @pytest.mark.parametrize("name", DECAYED)
@@ -108,11 +130,11 @@ def test_weight_decay(name, make, tmp_path, monkeypatch):
         run(stage, cfg)
         monkeypatch.setattr(stage, "update", objective)
         made[decay] = load(f"{cfg.out}/{name.split('/')[-1]}.pt", weights_only=True)
-    muon = hasattr(cfg, "muon_lr")
+    muon, steps = hasattr(cfg, "muon_lr"), getattr(cfg, "minibatches", 1)
     for part in ("model", *["head"] * (name == "06_reward")):
         for key, old in made[0.0][part].items():
             rate = 0.2 if muon and "blocks." in key else 0.1
-            kept = 1 - 0.5 * rate if old.ndim == 2 else 1
+            kept = (1 - 0.5 * rate) ** steps if old.ndim == 2 else 1
             assert torch.allclose(made[0.5][part][key], kept * old, rtol=1e-5), key
             assert kept == 1 or not torch.equal(made[0.5][part][key], old), key
 

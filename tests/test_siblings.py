@@ -152,15 +152,17 @@ def test_rloo_quadrants(stages, A, ratio):
 
 @pytest.mark.parametrize("A", [-1.0, 0.0, 1.0])
 def test_rloo_of_far_completions(stages, A):
-    """A whole completion's log-ratio of 300: finite, and a bad one is still pushed down."""
+    """A whole completion's log-ratio of 300, in fp32 (float64 holds exp(300)): finite, and a bad
+    completion is still pushed down, a good one and one without signal no further."""
     mask = torch.tensor([[0, 1, 1, 1, 0]])
-    given = dict(logprobs=torch.tensor([[9.0, 99.0, 101.0, 100.0, 9.0]]),
-                 old_logprobs=torch.zeros(1, 5), completion_mask=mask,
-                 advantages=torch.tensor([A]), clip_eps=EPS)
+    logprobs = torch.tensor([[9.0, 99.0, 101.0, 100.0, 9.0]], dtype=torch.float32)
+    given = dict(logprobs=logprobs, old_logprobs=torch.zeros_like(logprobs), completion_mask=mask,
+                 advantages=torch.tensor([A], dtype=torch.float32), clip_eps=EPS)
     total, _, _ = loss(stages, "RL/rloo", given)
     grad = gradient(stages, "RL/rloo", given)
-    assert total.isfinite() and grad.isfinite().all()
+    assert total.dtype == torch.float32 and total.isfinite() and grad.isfinite().all()
     assert (grad[mask == 1] > 1).all() if A < 0 else not grad.any()
+    assert not grad[mask == 0].any()
 
 
 def k1(model, ref, rollouts, temperature):
