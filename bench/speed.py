@@ -1,0 +1,326 @@
+"""speed.py: how fast are the scripts beside what a registry has? One command, one table.
+
+    pip install -r requirements-test.txt
+    python bench/speed.py                                     # all pieces that have no record yet
+    python bench/speed.py --only pretrain,sft --size toy --rounds 5
+    python bench/speed.py --report                            # the table alone, from the records
+
+Pieces (--only takes beginnings of their names, with commas):
+    pretrain    00 in GPT-2's shape       transformers' GPT-2 (-tanh: with its GELU in one kernel)
+    default     00 as it comes            00 of commit 26820e8 of this project (or in --old DIR)
+    rollouts    generate, 64 prompts      transformers' generate
+    grouped     generate, 16 prompts x 8  transformers' generate
+    sft dpo grpo   01, 03, 04             TRL's SFTTrainer, DPOTrainer, GRPOTrainer
+    ppo         05                        05 of commit 26820e8
+
+Ours is timed as the script runs: the script itself, from one line of its log to the next, with all
+that it does between them. Each side runs in a process of its own, in turns A B A B, --rounds times;
+its peak memory is the process's largest resident set. The first step warms up and is not counted,
+nor is the last, which evaluates. Every finished piece is a file in --out, written whole or not at
+all; what is there is skipped, unless --again. Quiet cores: nothing else may run meanwhile.
+"""
+import json, os, platform, statistics, subprocess, sys, tempfile, time
+from collections import namedtuple
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from model import Parser, Progress, check_ranges, fail, read_json, say, write_text  # noqa: E402
+import torch  # noqa: E402
+
+OLD = "26820e8"
+SIZES = {"toy": ({"n_layer": 4, "n_head": 4, "n_embd": 128}, 87),
+         "small": ({"n_layer": 6, "n_head": 6, "n_embd": 384}, 50304)}
+GPT2 = "--position learned --qk_norm 0 --muon_lr 0"
+GRPO = dict(num_generations=8, steps_per_generation=2, beta=0.02, loss_type="grpo",
+            use_bias_correction_kl=False, pieces=2)
+
+
+def stage(script, flags, n):
+    """What our side of a piece runs: a script and its flags, n counted steps."""
+    flags += f" --steps {n + 2} --eval_every 1000000 --save_every 1000000 --device cpu"
+    return {"script": script, "n": n, "flags": flags.split()}
+
+
+def call(of, **given):
+    """What a side runs that is no script: a function of bench/peers.py and its arguments."""
+    return {"kind": of, "given": given}
+
+
+Piece = namedtuple("Piece", "size what tokens ours other against cost")
+# what a step is; its tokens, or 0; two sides; whom the other belongs to; seconds a process takes,
+# about, which only weigh the progress
+
+
+def training_pieces():
+    """00 beside transformers' GPT-2, and beside itself at commit OLD."""
+    made = {}
+    for size, batch, window, n, cost in (("toy", 64, 128, 12, 12), ("small", 8, 256, 5, 20)):
+        shape = " ".join(f"--{k} {v}" for k, v in SIZES[size][0].items())
+        flags = f"{shape} --window {window} --batch_size {batch} --micro_batch {batch} {GPT2}"
+        kinds = [("", "", {}), ("-tanh", "", {"activation": "gelu_pytorch_tanh"})]
+        for kind, ours, other in kinds + [("-bf16", "--bf16 1", {"bf16": 1})] * (size == "small"):
+            made[f"pretrain-{size}{kind}"] = Piece(
+                size, f"pretraining step, {batch} x {window} tokens" + ", bf16" * (kind == "-bf16"),
+                batch * window, stage("00_pretrain.py", f"{flags} {ours}", n),
+                call("hf_pretrain", batch=batch, window=window, steps=n, **other),
+                "transformers' GPT-2" + ", gelu_pytorch_tanh" * (kind == "-tanh"), cost)
+    ours = stage("00_pretrain.py", "--window 128 --batch_size 64 --micro_batch 64", 12)
+    made["default-toy"] = Piece("toy", "00's default step (RoPE, QK-norm, Muon), 64 x 128 tokens",
+                                64 * 128, ours, ours, OLD, 12)
+    return made
+
+
+def rollout_pieces():
+    """The engine beside transformers' generate."""
+    made = {}
+    for name, n, group, cost in (("rollouts-toy", 64, 1, 10), ("rollouts-small", 64, 1, 25),
+                                 ("grouped-toy", 16, 8, 10)):
+        given = dict(prompts=n, group=group, max_new=64, steps=3)
+        made[name] = Piece(
+            name.split("-")[1], f"rollouts, {n} ragged prompts x {group}, 64 new tokens each",
+            n * group * 64, call("generate", **given), call("hf_generate", **given),
+            "transformers' generate", cost)
+    return made
+
+
+def post_pieces():
+    """01, 03 and 04 beside TRL's trainers, 05 beside itself at commit OLD."""
+    made, both = {}, "--batch_size 16 --micro_batch 16"
+    data = lambda kind: f"--train {kind}.jsonl --val {kind}_val.jsonl"
+    for size, n, new, cost in (("toy", 10, 64, 10), ("small", 4, 32, 40)):
+        made[f"sft-{size}"] = Piece(
+            size, "SFT step, 16 rows of 56-124 tokens", 0,
+            stage("01_sft.py", f"{both} {data('sft')} --muon_lr 0", n),
+            call("trl", kind="sft", batch=16, steps=n), "TRL's SFTTrainer", cost)
+        made[f"dpo-{size}"] = Piece(
+            size, "DPO step, 16 pairs of 56-124 tokens a side", 0,
+            stage("03_dpo.py", f"{both} {data('pairs')}", n),
+            call("trl", kind="dpo", batch=16, steps=n), "TRL's DPOTrainer", cost)
+        n = 3 if size == "toy" else 1
+        flags = f"--max_new {new} --eval_rows 1 --minibatches 2 --micro_batch 64 {data('rl')}"
+        said = f"{new} new tokens each, two optimizer steps, micro-batch 64"
+        made[f"grpo-{size}"] = Piece(
+            size, f"GRPO step, 16 prompts x 8, {said}", 0,
+            stage("04_rlvr.py", f"--batch_size 16 --group_size 8 {flags}", n),
+            call("trl", kind="grpo", batch=64, steps=n, max_completion_length=new, **GRPO),
+            "TRL's GRPOTrainer", 3 * cost)
+        if size == "toy":
+            ppo = stage("05_ppo.py", f"--batch_size 128 {flags}", n)
+            made["ppo-toy"] = Piece(size, f"PPO step, 128 prompts, {said}", 0, ppo, ppo, OLD, 15)
+    return made
+
+
+PIECES = training_pieces() | rollout_pieces() | post_pieces()
+
+# ---------------------------------------------------------------------------- one side, once
+
+
+def run(tree, side, work):
+    """-> {"seconds": of each counted step, "peak_mb"}; a process of its own."""
+    if "script" in side:
+        out = tempfile.mkdtemp(dir=work)
+        start = "endless" if "--max_new" in side["flags"] else "start"
+        own = [] if side["script"][:2] == "00" else ["--init", f"{work}/{start}.pt"]
+        own += ["--reward", f"{work}/reward.pt"] * (side["script"][:2] == "05")
+        command = [sys.executable, side["script"], "--data", str(work), "--out", out, *own,
+                   *side["flags"]]
+    else:
+        command = [sys.executable, str(ROOT / "bench/peers.py"), side["kind"], str(tree),
+                   json.dumps({"work": str(work), **side["given"]})]
+    env = os.environ | {"GOMP_SPINCOUNT": "3000", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    stamps, said = [], []
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env,
+                              cwd=tree) as process:
+            for line in process.stdout:
+                said.append(line)
+                if "/" in line.split(" left ")[0] and " left " in line:     # a step's line
+                    stamps.append(time.monotonic())
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        if process.returncode:
+            last = (errors.read().strip().splitlines() or ["it said nothing"])[-1]
+            fail(f"{' '.join(command[1:])} ended with {process.returncode}: {last}")
+    mb = usage.ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    if "script" in side:
+        if len(stamps) != side["n"] + 2:
+            fail(f"{side['script']} wrote {len(stamps)} lines of steps, not {side['n'] + 2}")
+        seconds = [b - a for a, b in zip(stamps, stamps[1:])][:-1]
+    else:
+        seconds = json.loads(said[-1])["seconds"]
+    return {"seconds": [round(s, 5) for s in seconds], "peak_mb": round(mb)}
+
+
+def old_tree(given, folder):
+    """The project at commit OLD, out of git, or the folder that --old names."""
+    if given:
+        if not Path(given, "05_ppo.py").is_file():
+            fail(f"--old {given} has no 05_ppo.py: give a folder with commit {OLD} of this project")
+        return Path(given).resolve()
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", OLD], capture_output=True)
+    if archive.returncode:
+        fail(f"git has no commit {OLD} here (a shallow clone?): give a folder with it as --old")
+    Path(folder).mkdir()
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    return Path(folder)
+
+
+# ---------------------------------------------------------------------------- numbers, tables
+
+
+def summary(runs):
+    """[{"seconds", "peak_mb"}] of the rounds -> the median over all steps, lowest and highest step,
+    the median of each round, the largest peak."""
+    each = [s for run in runs for s in run["seconds"]]
+    return {"median": statistics.median(each), "low": min(each), "high": max(each),
+            "rounds": [statistics.median(run["seconds"]) for run in runs],
+            "peak_mb": max(run["peak_mb"] for run in runs)}
+
+
+def compare(ours, other):
+    """How many times as fast ours is: of the medians, and the lowest and highest of the rounds."""
+    a, b = summary(ours), summary(other)
+    each = [y / x for x, y in zip(a["rounds"], b["rounds"])]
+    return a, b, {"ratio": b["median"] / a["median"], "low": min(each), "high": max(each)}
+
+
+def seconds(x):
+    return f"{x:.3g}" if x < 1 else f"{x:.2f}"
+
+
+def row(record):
+    """A line of the table."""
+    ours, other, ratio = compare(record["ours"], record["other"])
+    cells = []
+    for side in (ours, other):
+        rate = f", {record['tokens'] / side['median']:,.0f} tok/s" if record["tokens"] else ""
+        cells.append(f"{seconds(side['median'])} ({seconds(side['low'])}..{seconds(side['high'])})"
+                     + rate)
+    return [record["name"], record["what"], cells[0], f"{record['against']}: {cells[1]}",
+            f"**{ratio['ratio']:.2f}** ({ratio['low']:.2f}..{ratio['high']:.2f})",
+            f"{ours['peak_mb']:,} / {other['peak_mb']:,}"]
+
+
+NOTES = """Seconds a step: median (lowest..highest) over all counted steps of all rounds; the ratio
+says how many times as fast ours is: of the medians (lowest..highest of the rounds). Peak: the
+largest resident set of the whole process, Python and its libraries in it, MB, ours / the other.
+
+- TOY: 4 layers, 4 heads, width 128, vocabulary 87. SMALL: 6 layers, 6 heads, width 384, vocabulary
+  50,304. Context 256. fp32 but where bf16 is said; random weights and rows from fixed seeds.
+- Both sides: the same shape, rows and token counts, the same micro-batches, gradients clipped at 1,
+  fused AdamW (Muon only in `default`), GOMP_SPINCOUNT=3000, one process with torch's own number of
+  threads. Completions never end early, so that both sides draw the same number of tokens.
+- Ours: the scripts, from one log line to the next: reading rows, padding, update, log. Rollouts:
+  the engine alone, which also returns the log-prob of each token.
+- transformers: GPT2LMHeadModel with sdpa attention, no dropout, no KV cache in training, in a loop
+  without a trainer; `-tanh` replaces GPT-2's `gelu_new` by the same function in one kernel.
+  generate: dynamic cache, prompts padded on the left, num_return_sequences for groups.
+- TRL: its trainers as they come, but fp32, no gradient checkpointing (it saves memory and costs
+  time), no saving, one log line a step as ours; GRPO with loss_type grpo, beta 0.02, plain k3; a
+  reward function that returns 0 at once (ours parses every completion, and finds no answer).
+- Evaluations and saves are in neither side's steps.
+"""
+
+
+def report(out):
+    """results/speed/table.md and speed.json, from the records that are there."""
+    paths = [out / f"{name}.json" for name in PIECES]
+    found = [read_json(path) for path in paths if path.is_file()]
+    if not found:
+        fail(f"{out} has no records yet: run bench/speed.py without --report")
+    machines = {json.dumps(r["machine"]): r["machine"] for r in found}
+    head = ["piece", "a step", "ours, s", "the other, s", "ratio", "peak MB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines += ["| " + " | ".join(row(r)) + " |" for r in found]
+    lines += ["", NOTES] + [", ".join(f"{k} {v}" for k, v in m.items()) for m in machines.values()]
+    table = "\n".join(["<!-- bench/speed.py wrote this -->", *lines, ""])
+    write_text(out / "table.md", table)
+    whole = {}
+    for r in found:
+        ours, other, ratio = compare(r["ours"], r["other"])
+        whole[r["name"]] = r | {"ours": ours, "other": other, **ratio}
+    write_text(out / "speed.json", json.dumps(whole, indent=1) + "\n")
+    say(table)
+
+
+def machine():
+    """What the figures depend on."""
+    def of(package):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            fail(f"{package} is not installed: pip install -r requirements-test.txt")
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo")
+                 if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+                            capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "cpu": cpu, "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            **{p: of(p) for p in ("torch", "transformers", "trl")}}
+
+
+def measure(name, piece, trees, work, rounds, after):
+    """One piece, in turns -> its record."""
+    shape = dict(zip(("shape", "vocab"), SIZES[piece.size]))
+    sides = []
+    for side, tree in (piece.ours, "new"), (piece.other, "old" if piece.against == OLD else "new"):
+        if "given" in side:
+            side = side | {"given": side["given"] | shape}
+        folder = work / f"{piece.size}-{tree}"
+        if not folder.is_dir():
+            folder.mkdir()
+            run(trees[tree], call("make", **shape), folder)
+        sides.append((trees[tree], side, folder))
+    loads, runs = [os.getloadavg()[0]], ([], [])
+    for _ in range(rounds):
+        for mine, side in zip(runs, sides):
+            mine.append(run(*side))
+            after(piece.cost, name)
+        loads.append(os.getloadavg()[0])
+    return {"name": name, "what": piece.what, "tokens": piece.tokens, "against": piece.against,
+            "ours": runs[0], "other": runs[1], "commands": [piece.ours, piece.other],
+            "load": [round(x, 2) for x in loads], "machine": machine()}
+
+
+def main(args):
+    check_ranges({"rounds": args.rounds}, "speed")
+    out, starts = Path(args.out), tuple(args.only.split(","))
+    chosen = {name: p for name, p in PIECES.items()
+              if name.startswith(starts) and args.size in ("", p.size)}
+    if not chosen:
+        fail(f"--only {args.only} --size {args.size}: no such piece among {', '.join(PIECES)}")
+    if not args.report:
+        machine()                                       # refuses before anything has run
+        out.mkdir(parents=True, exist_ok=True)
+        left = {n: p for n, p in chosen.items() if args.again or not (out / f"{n}.json").is_file()}
+        progress = Progress("speed", sum(2 * args.rounds * p.cost for p in left.values()))
+
+        def after(cost, name):
+            progress(progress.shown + cost, name, always=True)
+
+        with tempfile.TemporaryDirectory() as work:
+            trees = {"new": ROOT}
+            if any(p.against == OLD for p in left.values()):
+                trees["old"] = old_tree(args.old, f"{work}/tree")
+            for name, piece in left.items():
+                record = measure(name, piece, trees, Path(work), args.rounds, after)
+                write_text(out / f"{name}.json", json.dumps(record) + "\n")
+    report(out)
+
+
+if __name__ == "__main__":
+    parser = Parser(__doc__)
+    parser.add_argument("--only", default="", help="pieces, by the beginning of their names")
+    parser.add_argument("--size", default="", choices=["", *SIZES])
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side of a piece")
+    parser.add_argument("--out", default=str(ROOT / "results/speed"), help="folder of the records")
+    parser.add_argument("--old", default="", help=f"a folder with commit {OLD}; else from git")
+    parser.add_argument("--again", action="store_true", help="make records that are there again")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    main(parser.parse_args())
