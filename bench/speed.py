@@ -112,7 +112,16 @@ def post_pieces():
     return made
 
 
-PIECES = training_pieces() | rollout_pieces() | post_pieces()
+def with_allocator(pieces):
+    """And each SMALL piece once more, the peer with the allocator's settings that frame.py has:
+    big tensors keep their memory, so that the system need not clear it anew."""
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2000 << 20)}
+    return pieces | {f"{name}-malloc": p._replace(
+        other=p.other | {"env": keep}, against=f"{p.against}, malloc as ours")
+        for name, p in pieces.items() if p.size == "small" and "-tanh" not in name}
+
+
+PIECES = with_allocator(training_pieces() | rollout_pieces() | post_pieces())
 
 # ---------------------------------------------------------------------------- one side, once
 
@@ -129,7 +138,8 @@ def run(tree, side, work):
     else:
         command = [sys.executable, str(ROOT / "bench/peers.py"), side["kind"], str(tree),
                    json.dumps({"work": str(work), **side["given"]})]
-    env = os.environ | {"GOMP_SPINCOUNT": "3000", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"GOMP_SPINCOUNT": "3000", "PYTHONUNBUFFERED": "1",
+                        "HF_HUB_OFFLINE": "1"} | side.get("env", {})
     stamps, said = [], []
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env,
@@ -221,6 +231,7 @@ largest resident set of the whole process, Python and its libraries in it, MB, o
 - TRL: its trainers as they come, but fp32, no gradient checkpointing (it saves memory and costs
   time), no saving, one log line a step as ours; GRPO with loss_type grpo, beta 0.02, plain k3; a
   reward function that returns 0 at once (ours parses every completion, and finds no answer).
+- `-malloc`: the peer with the allocator's settings that frame.py makes for ours, as environment.
 - Evaluations and saves are in neither side's steps.
 """
 
