@@ -200,8 +200,10 @@ def plot(records, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = lines_of(records)
-    figure, axes = plt.subplots(2, len(AXES), figsize=(3 * len(AXES), 6), squeeze=False)
-    for column, axis in enumerate(AXES):
+    names = [axis for axis in AXES if any(r["axis"] == axis for r in rows)]
+    figure, axes = plt.subplots(2, max(1, len(names)), figsize=(3 * len(names) + 1, 6),
+                                squeeze=False)
+    for column, axis in enumerate(names):
         mine = [r for r in rows if r["axis"] == axis]
         for at, (line, dots, unit) in enumerate((("line", "seconds", "s"), ("held", "mb", "MB"))):
             plane, x = axes[at][column], [r["value"] for r in mine]

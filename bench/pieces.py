@@ -1,19 +1,117 @@
-"""peers.py: one side of one piece of bench/speed.py, in a process of its own.
+"""pieces.py: what bench/speed.py times. Both sides of each piece, and the code of those that are
+no script.
 
-    python bench/peers.py KIND TREE '{"work": folder, ...}'       # speed.py calls it, nobody else
+    python bench/pieces.py KIND TREE '{"work": folder, ...}'      # speed.py calls it, nobody else
 
-Prints one line of JSON last: the seconds of each step after the first. TREE is the folder whose
-model.py is used where a kind needs one: this project's, or that of an older commit.
+runs one side in a process of its own and prints one line of JSON last: the seconds of each step
+after the first. TREE is the folder whose model.py is used where a kind needs one: this project's,
+or that of an older commit.
 """
 import json, os, sys, time
+from collections import namedtuple
 from dataclasses import asdict
 from pathlib import Path
 
-KIND, TREE, GIVEN = sys.argv[1:4] if len(sys.argv) == 4 else ("", "", "{}")
-sys.path[:1] = [TREE] if TREE else sys.path[:1]
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+OLD = "26820e8"
+SIZES = {"toy": ({"n_layer": 4, "n_head": 4, "n_embd": 128}, 87),
+         "small": ({"n_layer": 6, "n_head": 6, "n_embd": 384}, 50304)}
+GPT2 = "--position learned --qk_norm 0 --muon_lr 0"
+GRPO = dict(num_generations=8, steps_per_generation=2, beta=0.02, loss_type="grpo",
+            use_bias_correction_kl=False, pieces=2)
+
+
+def stage(script, flags, n):
+    """What our side of a piece runs: a script and its flags, n counted steps."""
+    flags += f" --steps {n + 2} --eval_every 1000000 --save_every 1000000 --device cpu"
+    return {"script": script, "n": n, "flags": flags.split()}
+
+
+def call(of, **given):
+    """What a side runs that is no script: a function of bench/pieces.py and its arguments."""
+    return {"kind": of, "given": given}
+
+
+Piece = namedtuple("Piece", "size what tokens ours other against cost")
+# what a step is; its tokens, or 0; two sides; whom the other belongs to; seconds a process takes,
+# about, which only weigh the progress
+
+
+def training_pieces():
+    """00 beside transformers' GPT-2, and beside itself at commit OLD."""
+    made = {}
+    for size, batch, window, n, cost in (("toy", 64, 128, 12, 12), ("small", 8, 256, 5, 20)):
+        shape = " ".join(f"--{k} {v}" for k, v in SIZES[size][0].items())
+        flags = f"{shape} --window {window} --batch_size {batch} --micro_batch {batch} {GPT2}"
+        kinds = [("", "", {}), ("-tanh", "", {"activation": "gelu_pytorch_tanh"})]
+        for kind, ours, other in kinds + [("-bf16", "--bf16 1", {"bf16": 1})] * (size == "small"):
+            made[f"pretrain-{size}{kind}"] = Piece(
+                size, f"pretraining step, {batch} x {window} tokens" + ", bf16" * (kind == "-bf16"),
+                batch * window, stage("00_pretrain.py", f"{flags} {ours}", n),
+                call("hf_pretrain", batch=batch, window=window, steps=n, **other),
+                "transformers' GPT-2" + ", gelu_pytorch_tanh" * (kind == "-tanh"), cost)
+    ours = stage("00_pretrain.py", "--window 128 --batch_size 64 --micro_batch 64", 12)
+    made["default-toy"] = Piece("toy", "00's default step (RoPE, QK-norm, Muon), 64 x 128 tokens",
+                                64 * 128, ours, ours, OLD, 12)
+    return made
+
+
+def rollout_pieces():
+    """The engine beside transformers' generate."""
+    made = {}
+    for name, n, group, cost in (("rollouts-toy", 64, 1, 10), ("rollouts-small", 64, 1, 25),
+                                 ("grouped-toy", 16, 8, 10)):
+        given = dict(prompts=n, group=group, max_new=64, steps=3)
+        made[name] = Piece(
+            name.split("-")[1], f"rollouts, {n} ragged prompts x {group}, 64 new tokens each",
+            n * group * 64, call("generate", **given), call("hf_generate", **given),
+            "transformers' generate", cost)
+    return made
+
+
+def post_pieces():
+    """01, 03 and 04 beside TRL's trainers, 05 beside itself at commit OLD."""
+    made, both = {}, "--batch_size 16 --micro_batch 16"
+    data = lambda kind: f"--train {kind}.jsonl --val {kind}_val.jsonl"
+    for size, n, new, cost in (("toy", 10, 64, 10), ("small", 4, 32, 40)):
+        made[f"sft-{size}"] = Piece(
+            size, "SFT step, 16 rows of 56-124 tokens", 0,
+            stage("01_sft.py", f"{both} {data('sft')} --muon_lr 0", n),
+            call("trl", kind="sft", batch=16, steps=n), "TRL's SFTTrainer", cost)
+        made[f"dpo-{size}"] = Piece(
+            size, "DPO step, 16 pairs of 56-124 tokens a side", 0,
+            stage("03_dpo.py", f"{both} {data('pairs')}", n),
+            call("trl", kind="dpo", batch=16, steps=n), "TRL's DPOTrainer", cost)
+        n = 3 if size == "toy" else 1
+        flags = f"--max_new {new} --eval_rows 1 --minibatches 2 --micro_batch 64 {data('rl')}"
+        said = f"{new} new tokens each, two optimizer steps, micro-batch 64"
+        made[f"grpo-{size}"] = Piece(
+            size, f"GRPO step, 16 prompts x 8, {said}", 0,
+            stage("04_rlvr.py", f"--batch_size 16 --group_size 8 {flags}", n),
+            call("trl", kind="grpo", batch=64, steps=n, max_completion_length=new, **GRPO),
+            "TRL's GRPOTrainer", 3 * cost)
+        if size == "toy":
+            ppo = stage("05_ppo.py", f"--batch_size 128 {flags}", n)
+            made["ppo-toy"] = Piece(size, f"PPO step, 128 prompts, {said}", 0, ppo, ppo, OLD, 15)
+    return made
+
+
+def with_allocator(pieces):
+    """And each SMALL piece once more, the peer with the allocator's settings that frame.py has:
+    big tensors keep their memory, so that the system need not clear it anew."""
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2000 << 20)}
+    return pieces | {f"{name}-malloc": p._replace(
+        other=p.other | {"env": keep}, against=f"{p.against}, malloc as ours")
+        for name, p in pieces.items() if p.size == "small" and "-tanh" not in name}
+
+
+PIECES = with_allocator(training_pieces() | rollout_pieces() | post_pieces())
+
+
+# ---------------------------------------------------------------------------- data, our side
 
 BLOCK = 256                                          # the context of every model here
 USER, ASSISTANT, END = "\ue001", "\ue002", "<|end|>"     # as text for the peers' tokenizer
@@ -197,7 +295,9 @@ KINDS = {"make": make, "generate": generate, "hf_pretrain": hf_pretrain,
          "hf_generate": hf_generate, "trl": trl}
 
 if __name__ == "__main__":
-    if KIND not in KINDS or not os.path.isfile(f"{TREE}/model.py"):
+    kind, tree, given = sys.argv[1:] if len(sys.argv) == 4 else ("", "", "{}")
+    if kind not in KINDS or not os.path.isfile(f"{tree}/model.py"):
         print("error: bench/speed.py calls this file; run that one", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps({"seconds": KINDS[KIND](**json.loads(GIVEN))}), flush=True)
+    sys.path[0] = tree
+    print(json.dumps({"seconds": KINDS[kind](**json.loads(given))}), flush=True)
