@@ -20,8 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import costs  # noqa: E402
-from model import GPT, GPTConfig, Parser, Progress, append, fail, generate  # noqa: E402
-from model import make_optimizers, parse_json, read_rows, say, write_text  # noqa: E402
+from model import GPT, GPTConfig, Parser, Progress, append, believing, cannot_write  # noqa: E402
+from model import fail, generate, make_optimizers, parse_json, read_rows, say  # noqa: E402
+from model import write_text  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
@@ -222,9 +223,13 @@ def main(args):
     out = Path(args.out)
     path, wanted = out / "growth.jsonl", [("limits", {}), *(p for a in AXES.values() for p in a)]
     lines = path.read_text().splitlines() if path.is_file() and not args.again else []
-    records = {r["point"]: r for r in map(parse_json, lines)}
+    with believing(f"{path} has a line that is no record: --again makes all of them anew"):
+        records = {r["point"]: r for r in map(parse_json, lines)}
     if not args.report:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            cannot_write(out, e)
         write_text(path, "".join(json.dumps(r) + "\n" for r in records.values()))
         progress = Progress("growth", len(wanted))
         for n, (kind, given) in enumerate(wanted, 1):

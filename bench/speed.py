@@ -19,13 +19,14 @@ its peak memory is the process's largest resident set. The first step warms up a
 nor is the last, which evaluates. Every finished piece is a file in --out, written whole or not at
 all; what is there is skipped, unless --again. Quiet cores: nothing else may run meanwhile.
 """
-import json, os, platform, statistics, subprocess, sys, tempfile, time
+import io, json, os, platform, statistics, subprocess, sys, tarfile, tempfile, time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from model import Parser, Progress, check_ranges, fail, read_json, say, write_text  # noqa: E402
+from model import Parser, Progress, believing, cannot_write, check_ranges, fail  # noqa: E402
+from model import read_json, say, write_text  # noqa: E402
 from pieces import OLD, PIECES, SIZES, call  # noqa: E402
 import torch  # noqa: E402
 
@@ -76,12 +77,20 @@ def old_tree(given, folder):
         if not Path(given, "05_ppo.py").is_file():
             fail(f"--old {given} has no 05_ppo.py: give a folder with commit {OLD} of this project")
         return Path(given).resolve()
-    archive = subprocess.run(["git", "-C", str(ROOT), "archive", OLD], capture_output=True)
-    if archive.returncode:
+    archive = git("archive", OLD)
+    if not archive:
         fail(f"git has no commit {OLD} here (a shallow clone?): give a folder with it as --old")
-    Path(folder).mkdir()
-    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
     return Path(folder)
+
+
+def git(*words):
+    """What git says of this project; nothing where it has no answer, or is not there."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True).stdout
+    except OSError:
+        return b""
 
 
 # ---------------------------------------------------------------------------- numbers, tables
@@ -144,14 +153,17 @@ largest resident set of the whole process, Python and its libraries in it, MB, o
 
 def report(out):
     """results/speed/table.md and speed.json, from the records that are there."""
-    paths = [out / f"{name}.json" for name in PIECES]
-    found = [read_json(path) for path in paths if path.is_file()]
+    found, lines = [], []
+    for path in [out / f"{name}.json" for name in PIECES]:
+        if path.is_file():
+            found.append(read_json(path))
+            with believing(f"{path} is no record of a piece: make it with --again"):
+                lines.append("| " + " | ".join(row(found[-1])) + " |")
     if not found:
         fail(f"{out} has no records yet: run bench/speed.py without --report")
     machines = {json.dumps(r["machine"]): r["machine"] for r in found}
     head = ["piece", "a step", "ours, s", "the other, s", "ratio", "peak MB"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(row(r)) + " |" for r in found]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]
     lines += ["", NOTES] + [", ".join(f"{k} {v}" for k, v in m.items()) for m in machines.values()]
     table = "\n".join(["<!-- bench/speed.py wrote this -->", *lines, ""])
     write_text(out / "table.md", table)
@@ -175,8 +187,7 @@ def machine():
         names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo")
                  if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-                            capture_output=True, text=True).stdout.strip()
+    commit = git("describe", "--always", "--dirty").decode().strip()
     return {"commit": commit, "cpu": cpu, "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "python": platform.python_version(),
             **{p: of(p) for p in ("torch", "transformers", "trl")}}
@@ -214,7 +225,10 @@ def main(args):
         fail(f"--only {args.only} --size {args.size}: no such piece among {', '.join(PIECES)}")
     if not args.report:
         machine()                                       # refuses before anything has run
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            cannot_write(out, e)
         left = {n: p for n, p in chosen.items() if args.again or not (out / f"{n}.json").is_file()}
         progress = Progress("speed", sum(2 * args.rounds * p.cost for p in left.values()))
 

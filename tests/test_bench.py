@@ -117,17 +117,44 @@ def test_records_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, why", [
-    ("--only nope", "no such piece"), ("--rounds 0", "--rounds"), ("--old nowhere", "26820e8"),
-    ("--report --out nowhere", "no records")])
+    (dict(only="nope"), "no such piece"), (dict(rounds=0), "--rounds must lie in"),
+    (dict(old="nowhere"), "nowhere has no 05_ppo.py"), (dict(report=True), "no records yet"),
+    (dict(out="a file"), "cannot write a file"),
+    (dict(out="records", report=True), "ppo-toy.json is no record")])
 def test_speed_in_one_line(refuses, tmp_path, monkeypatch, flags, why):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speed, "machine", dict)
+    (tmp_path / "a file").touch()
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/ppo-toy.json").write_text("{}")
     values = dict(only="ppo", size="", rounds=1, out="out", old="", again=False, report=False)
-    words = flags.split()
-    values |= {w[2:]: True for w in words if w in ("--report",)}
-    values |= {k[2:]: int(v) if v.isdigit() else v for k, v in zip(words, words[1:])
-               if k[2:] in values and not v.startswith("--") and k != "--report"}
-    refuses(lambda: speed.main(SimpleNamespace(**values)), why)
+    refuses(lambda: speed.main(SimpleNamespace(**values | flags)), why)
+
+
+def test_speed_without_trl_or_the_old_commit(refuses, tmp_path, monkeypatch):
+    def absent(name):
+        raise speed.PackageNotFoundError(name)
+    monkeypatch.setattr(speed, "version", absent)
+    refuses(speed.machine, "torch is not installed: pip install -r requirements-test.txt")
+    monkeypatch.setattr(speed, "git", lambda *_: b"")
+    refuses(lambda: speed.old_tree("", tmp_path / "old"), "26820e8", "--old")
+
+
+def test_a_side_that_fails_says_why(refuses, work):
+    bad = pieces.stage("00_pretrain.py", "--window 999", 1)
+    refuses(lambda: speed.run(ROOT, bad, work), "00_pretrain.py", "ended with 2", "--window 999")
+
+
+@pytest.mark.parametrize("flags, why", [
+    (dict(report=True), "no records yet"), (dict(out="records", report=True), "no record"),
+    (dict(out="a file"), "cannot write a file")])
+def test_growth_in_one_line(refuses, tmp_path, monkeypatch, flags, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").touch()
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/growth.jsonl").write_text("5\n")
+    values = dict(out="out", again=False, report=False)
+    refuses(lambda: growth.main(SimpleNamespace(**values | flags)), why)
 
 
 # ---------------------------------------------------------------------------- costs, growth
