@@ -72,13 +72,15 @@ COST = {"train": train_cost, "rollout": rollout_cost, "ranks": ranks_cost}
 # ---------------------------------------------------------------------------- one point
 
 
-def limits(n=2048, mb=512):
-    """Operations a second of an n x n product, bytes a second of a copy, read and written."""
+def limits(n=2048, copied=512):
+    """Operations a second of an n x n product, bytes a second of a copy, read and written; MB of a
+    process with torch and nothing else."""
+    mb_of_torch = peak_mb()
     a, b = torch.randn(n, n), torch.empty(n, n)
-    x, y = torch.ones(mb << 18), torch.empty(mb << 18)
+    x, y = torch.ones(copied << 18), torch.empty(copied << 18)
     fastest = lambda do: min(timed(do, 7))
     return {"operations_s": 2 * n ** 3 / fastest(lambda: torch.mm(a, a, out=b)),
-            "bytes_s": 2 * (mb << 20) / fastest(lambda: y.copy_(x))}
+            "bytes_s": 2 * (copied << 20) / fastest(lambda: y.copy_(x)), "mb": mb_of_torch}
 
 
 def timed(do, n):
@@ -175,9 +177,10 @@ def lines_of(records):
             if found:
                 operations, moved, held = COST[kind](**given)
                 line = operations / machine["operations_s"] + moved / machine["bytes_s"]
+                mb = found["mb"] - machine["mb"] * (kind == "ranks")      # whole processes
                 rows.append(dict(axis=axis, value=given[VARIES[axis]], seconds=found["seconds"],
-                                 line=line, mb=found["mb"], held=held / 2 ** 20,
-                                 operations=operations, moved=moved))
+                                 line=line, mb=mb, held=held / 2 ** 20, operations=operations,
+                                 moved=moved))
     return rows
 
 
@@ -192,8 +195,8 @@ def table(records):
         out.append(f"| {r['axis']} | {r['value']} | {r['operations'] / 1e9:.2f} | "
                    f"{r['moved'] / 1e9:.3f} | {r['line']:.4f} | {r['seconds']:.4f} | "
                    f"{r['line'] / r['seconds']:.0%} | {r['held']:.0f} | {r['mb']:.0f} |")
-    return "\n".join([*out, "", "MB: what the process took on top of Python and torch; for ranks "
-                      "the whole process.", ""])
+    out += ["", "MB: the most that one process took on top of Python and torch.", ""]
+    return "\n".join(out)
 
 
 def plot(records, path):
