@@ -19,7 +19,7 @@ its peak memory is the process's largest resident set. The first step warms up a
 nor is the last, which evaluates. Every finished piece is a file in --out, written whole or not at
 all; what is there is skipped, unless --again. Quiet cores: nothing else may run meanwhile.
 """
-import io, json, os, platform, statistics, subprocess, sys, tarfile, tempfile, time
+import io, json, os, platform, re, statistics, subprocess, sys, tarfile, tempfile, time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def run(tree, side, work):
                               cwd=tree) as process:
             for line in process.stdout:
                 said.append(line)
-                if "/" in line.split(" left ")[0] and " left " in line:     # a step's line
+                if re.match(r" *\w+ +\d+/\d+ ", line):                    # a step's
                     stamps.append(time.monotonic())
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)

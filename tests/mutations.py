@@ -1183,7 +1183,8 @@ put("speed-evaluation-timed", "the last step's evaluation is in the median", "be
     "bench.py::test_a_piece_of_ours_is_timed_from_line_to_line")
 
 put("speed-ragged-ends", "one side's completions end early and it has less to do",
-    "bench/pieces.py", "weight[end, 0], bias[0] = -10.0, 10.0", "weight[end, 0], bias[0] = 0.0, 0.0",
+    "bench/pieces.py", "weight[end, 0], bias[0] = -10.0, 10.0",
+    "weight[end, 0], bias[0] = 0.0, 0.0",
     "bench.py::test_completions_never_end_early")
 
 put("speed-unequal-batches", "TRL gets a smaller micro-batch", "bench/pieces.py",

@@ -147,12 +147,14 @@ def test_a_side_that_fails_says_why(refuses, work):
 
 @pytest.mark.parametrize("flags, why", [
     (dict(report=True), "no records yet"), (dict(out="records", report=True), "no record"),
-    (dict(out="a file"), "cannot write a file")])
+    (dict(out="older", report=True), "no record"), (dict(out="a file"), "cannot write a file")])
 def test_growth_in_one_line(refuses, tmp_path, monkeypatch, flags, why):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file").touch()
     (tmp_path / "records").mkdir()
     (tmp_path / "records/growth.jsonl").write_text("5\n")
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older/growth.jsonl").write_text('{"point": "limits {}"}\n')
     values = dict(out="out", again=False, report=False)
     refuses(lambda: growth.main(SimpleNamespace(**values | flags)), why)
 
