@@ -195,6 +195,23 @@ def test_costs_by_hand():
     assert waves[1] - waves[0] == 5 * 4 * 424
 
 
+def test_what_the_backward_pass_keeps():
+    """The storages that autograd saves of the blocks, weights aside, each once."""
+    kernel = sys.modules["model"]
+    L, C, B, T = 4, 128, 4, 64
+    model = kernel.GPT(kernel.GPTConfig(vocab_size=87, block_size=T, n_layer=L, n_embd=C, n_head=4))
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor         # alive: no address twice
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.forward_hidden(torch.randint(87, (B, T)))
+    numbers = sum(t.untyped_storage().nbytes() for t in kept.values()) / 4
+    assert numbers / (B * T * L * C) == pytest.approx(costs.KEPT, abs=1.5)
+
+
 def test_growth_measures_and_compares(tmp_path):
     found = growth.train(B=2, T=16, V=64)
     assert found["seconds"] > 0 and found["mb"] >= 0
