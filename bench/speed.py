@@ -106,10 +106,11 @@ def summary(runs):
 
 
 def compare(ours, other):
-    """How many times as fast ours is: of the medians, and the lowest and highest of the rounds."""
+    """How many times as fast ours is: the median, lowest and highest of the rounds. (Two sides of a
+    round ran one after the other: what slows the machine for a while slows both.)"""
     a, b = summary(ours), summary(other)
     each = [y / x for x, y in zip(a["rounds"], b["rounds"])]
-    return a, b, {"ratio": b["median"] / a["median"], "low": min(each), "high": max(each)}
+    return a, b, {"ratio": statistics.median(each), "low": min(each), "high": max(each)}
 
 
 def seconds(x):
@@ -130,7 +131,7 @@ def row(record):
 
 
 NOTES = """Seconds a step: median (lowest..highest) over all counted steps of all rounds; the ratio
-says how many times as fast ours is: of the medians (lowest..highest of the rounds). Peak: the
+says how many times as fast ours is: the median (lowest..highest) of the rounds. Peak: the
 largest resident set of the whole process, Python and its libraries in it, MB, ours / the other.
 
 - TOY: 4 layers, 4 heads, width 128, vocabulary 87. SMALL: 6 layers, 6 heads, width 384, vocabulary

@@ -25,15 +25,15 @@ def test_medians_over_all_steps_and_ratios_by_round():
     ours, other, ratio = speed.compare(OURS, OTHER)
     assert ours == {"median": 3.5, "low": 1.0, "high": 9.0, "rounds": [2.0, 4.0], "peak_mb": 310}
     assert (other["median"], other["rounds"], other["peak_mb"]) == (4.0, [6.0, 2.0], 500)
-    # 4 / 3.5; round by round 6 / 2 and 2 / 4: above 1 is faster than the other
-    assert ratio == {"ratio": 4 / 3.5, "low": 0.5, "high": 3.0}
+    # round by round 6 / 2 and 2 / 4: above 1 is faster than the other
+    assert ratio == {"ratio": 1.75, "low": 0.5, "high": 3.0}
 
 
 def test_line_of_the_table():
     record = dict(name="x", what="a step", tokens=700, against="TRL", ours=OURS, other=OTHER)
     assert speed.row(record) == [
         "x", "a step", "3.50 (1.00..9.00), 200 tok/s", "TRL: 4.00 (2.00..7.00), 175 tok/s",
-        "**1.14** (0.50..3.00)", "310 / 500"]
+        "**1.75** (0.50..3.00)", "310 / 500"]
     assert "tok/s" not in speed.row(record | {"tokens": 0})[2]
 
 
@@ -112,7 +112,7 @@ def test_records_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     assert made == ["sft-toy", "dpo-toy"]
     speed.main(SimpleNamespace(**flags | {"again": True, "only": "sft"}))
     assert made[2:] == ["sft-toy"]
-    assert json.loads((tmp_path / "speed.json").read_text())["sft-toy"]["ratio"] == 4 / 3.5
+    assert json.loads((tmp_path / "speed.json").read_text())["sft-toy"]["ratio"] == 1.75
     assert "| dpo-toy |" in (tmp_path / "table.md").read_text()
 
 
