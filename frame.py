@@ -217,6 +217,7 @@ RANGES = {
     "samples": "[1, 1e4]", "val_tokens": "[2, 1e12]", "limit": "[0, 1e9]", "jobs": "[1, 1000]",
     "chars": "[1, 1e9]", "questions": "[1, 1e6]", "show": "[0, 1e6]", "val_share": "(0, 1)",
     "test_share": "[0, 1)", "tokens": "[0, 1e15]", "workers": "[0, 1024]", "want": "[0, 1e9]",
+    "rounds": "[1, 1000]",
     "within_reach.samples": "[2, 1e4]"}     # of one sample none is sometimes right
 
 

@@ -1201,6 +1201,33 @@ put("sums-in-double", "a metric is summed in float64 on the device", "05_ppo.py"
     "float((advantages ** 2 * mask).sum())", "float((advantages.double() ** 2 * mask).sum())",
     "float32.py::test_stages[05_ppo]")
 
+# ---------------------------------------------------------------------------- bench
+
+put("speed-ratio", "a ratio above 1 says that ours is slower", "bench/speed.py",
+    "each = [y / x for", "each = [x / y for",
+    "bench.py::test_medians_over_all_steps_and_ratios_by_round")
+
+put("speed-evaluation-timed", "the last step's evaluation is in the median", "bench/speed.py",
+    "zip(stamps, stamps[1:])][:-1]", "zip(stamps, stamps[1:])]",
+    "bench.py::test_a_piece_of_ours_is_timed_from_line_to_line")
+
+put("speed-ragged-ends", "one side's completions end early and it has less to do",
+    "bench/pieces.py", "weight[end, 0], bias[0] = -10.0, 10.0",
+    "weight[end, 0], bias[0] = 0.0, 0.0",
+    "bench.py::test_completions_never_end_early")
+
+put("speed-unequal-batches", "TRL gets a smaller micro-batch", "bench/pieces.py",
+    'call("trl", kind="sft", batch=16, steps=n)', 'call("trl", kind="sft", batch=8, steps=n)',
+    "bench.py::test_sides_have_the_same_shapes")
+
+put("costs-backward", "the backward pass costs as much as the forward pass", "bench/costs.py",
+    "return ((3 + others) * forward(", "return ((2 + others) * forward(",
+    "bench.py::test_operations_are_those_of_torch")
+
+put("costs-decode", "each row of a decode step reads all weights by itself", "bench/costs.py",
+    "4 * (blocks(s) + head(s)) + 8 * rows", "4 * rows * (blocks(s) + head(s)) + 8 * rows",
+    "bench.py::test_costs_by_hand")
+
 # ---------------------------------------------------------------------------- without a mutation
 
 WITHOUT = {
