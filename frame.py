@@ -356,8 +356,15 @@ interrupt.seen, interrupt.parent = 0.0, 0
 
 
 def interrupted():
-    """Whether any rank was asked to stop, or has lost the launcher (or run.sh) that started it."""
+    """Whether any rank was asked to stop, or has lost the launcher (or run.sh, whose process is
+    SKIP_DONE) that started it."""
     orphan = interrupt.parent not in (0, os.getppid())
+    try:
+        os.kill(int(os.environ.get("SKIP_DONE") or os.getpid()), 0)
+    except (ValueError, OverflowError, PermissionError):            # one of another user
+        pass
+    except ProcessLookupError:
+        orphan = True
     return all_sum(seen=interrupt.seen + orphan)["seen"] > 0
 
 

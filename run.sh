@@ -24,18 +24,29 @@ out=out/$recipe; [ "$seed" = 0 ] || out=out/$recipe-seed$seed
 
 [ $dry = 1 ] || ./install.sh
 py=.venv/bin/python
-export SKIP_DONE=1               # a stage leaves at once if its checkpoint has this very record
-export GOMP_SPINCOUNT=3000       # threads that wait give a shared core away sooner: a twentieth
-                                 # slower alone, 1.6 times as fast beside a program on one of two cores
+export SKIP_DONE=$$              # a stage leaves at once if its checkpoint has this very record,
+                                 # and saves and leaves when this process is gone
 
-# A child runs in the background, so that who ends this script ends it, too: it saves and leaves.
-child=0
+# Children run in the background, so that who ends this script ends them, too: they save and leave.
+children=""
 run() {
   if [ $dry = 1 ]; then echo "$@"; return; fi
-  "$@" & child=$!
-  wait $child
+  "$@" & children=$!
+  wait $children
 }
-leave() { [ $child = 0 ] || { kill -TERM $child 2>/dev/null; wait $child; } || true; exit $1; }
+pair() {                         # two lists of commands side by side; both end before it does
+  local failed=0 child
+  children=""
+  for list in "$@"; do
+    (trap 'leave 130' INT; trap 'leave 143' TERM HUP; $list) & children="$children $!"
+  done
+  for child in $children; do wait $child || failed=$?; done
+  return $failed
+}
+leave() {
+  [ -z "$children" ] || { kill -TERM $children 2>/dev/null; wait $children; } || true
+  exit $1
+}
 trap 'leave 130' INT
 trap 'leave 143' TERM HUP
 
@@ -91,16 +102,23 @@ fi
 
 # ---------------------------------------------------------------------------- on a CPU
 
+# Stages that do not need each other run side by side, with half of the threads each.
+
 started=$(date +%s)
-run $py data/toy.py
 at="--out $out --seed $seed"
+cores=$(getconf _NPROCESSORS_ONLN) ranks=2
+[ "$cores" -gt 1 ] || ranks=1
+half() { OMP_NUM_THREADS=$(( cores / ranks )) run "$@" $at; }
+judged() { half $py 06_reward.py --init $out/02_cot.pt
+           half $py 05_ppo.py --init $out/02_cot.pt --reward $out/06_reward.pt; }
+others() { half $py 03_dpo.py --init $out/02_cot.pt
+           half $py 04_rlvr.py --init $out/02_cot.pt; }
+
+run $py data/toy.py
 run $py 00_pretrain.py $at
 run $py 01_sft.py $at --init $out/00_pretrain.pt
 run $py 02_cot.py $at --init $out/01_sft.pt
-run $py 06_reward.py $at --init $out/02_cot.pt
-run $py 03_dpo.py $at --init $out/02_cot.pt
-run $py 04_rlvr.py $at --init $out/02_cot.pt
-run $py 05_ppo.py $at --init $out/02_cot.pt --reward $out/06_reward.pt
-run $py eval.py --out $out --seed $seed
+if [ $ranks = 2 ]; then pair judged others; else judged; others; fi
+half .venv/bin/torchrun --standalone --nproc_per_node=$ranks eval.py
 run $py report.py $out
 echo "run.sh: $(( $(date +%s) - started )) seconds after install; chat with it: $py chat.py $out/04_rlvr.pt"

@@ -228,8 +228,8 @@ def test_eval_end_to_end_on_one_rank_and_on_two(world, capsys):
     assert reward["prefers, a"]["n"] == 3 and "free" not in reward          # --n_pairs
     assert dpo["second turn"]["n"] == 8 == dpo["second - first"]["n"]
     assert [dpo[f"beyond, {k}"]["n"] for k in ("steps", "wording")] == [6, 6]   # 2 of 6, 7, 8
-    for stage, figures in results[0].items():                      # sharding changes nothing
-        for name, figure in figures.items():
+    for stage, found in results[0].items():                      # sharding changes nothing
+        for name, figure in found.items():
             for key in figure or {}:
                 assert results[1][stage][name][key] == pytest.approx(figure[key], abs=1e-5)
     assert not list(out.glob("*.new"))
@@ -480,10 +480,10 @@ def test_a_part_that_fails_costs_no_other(world, tmp_path, capsys, monkeypatch):
     assert said.err.count("03_dpo, pairs: KeyError: 'steps'") == 1 and "Traceback" not in said.err
     whole = json.loads((tmp_path / "out/results.json").read_text())
     assert whole["failed"] == ["02_cot chat", "03_dpo pairs", "03_dpo chat"]
-    for name, figures in [("02_cot", ["bits", "free", "answer", "think", "pass@1"]),
+    for name, there in [("02_cot", ["bits", "free", "answer", "think", "pass@1"]),
                           ("03_dpo", ["bits", "free", "answer", "think", "KL"]),
                           ("06_reward", ["prefers, all"])]:
-        assert all(whole["stages"][name][figure] for figure in figures)
+        assert all(whole["stages"][name][figure] for figure in there)
     assert whole["paired"]["03_dpo - 02_cot"]["think"]
 
     def stop(*_):

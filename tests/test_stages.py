@@ -193,8 +193,8 @@ def test_rollout_of_04(stages, make, data, monkeypatch):
 
 @pytest.mark.skipif("05_ppo" not in STAGES, reason="05_ppo.py is not there yet")
 def test_rollout_of_05(stages, make, monkeypatch):
-    """The score of each whole rollout is its reward. Where <|end|> is missing it is -1, or the worst
-    of the others if that is lower."""
+    """The score of each whole rollout is its reward. Where <|end|> is missing it is -1, or the
+    worst of the others if that is lower."""
     stage, cfg = make("05_ppo", micro_batch=2)
     tok = stage.load(cfg.init)[1]
     said = [tok.encode("1") + [tok.end], tok.encode("12"), tok.encode("123") + [tok.end]]

@@ -154,13 +154,18 @@ def test_interrupted_remake_keeps_the_old(machine, folder):
 # ---------------------------------------------------------------------------- ranks
 
 
-def test_one_val_pair_and_two_ranks(machine, folder):
-    """A rank without a pair of its own adds zeros to the same sums."""
-    path = folder / "data/pairs_val.jsonl"
-    path.write_text(path.read_text().splitlines()[0] + "\n")
-    alone = machine.run(REWARD.replace("--out out", "--out alone") + " --lr 0", folder)
+def test_few_val_pairs_and_two_ranks(machine, folder):
+    """Fewer than 8 give no scale for 05; of 8 in micro-batches of 8 each rank has half, and the
+    sums are the same."""
+    path, more = folder / "data/pairs_val.jsonl", " --lr 0 --micro_batch 8"
+    pairs = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(pairs[:7]))
+    few = machine.run(REWARD + more, folder)
+    assert few.code == 2 and "7 pairs are too few" in few.err
+    path.write_text("".join(pairs[:8]))
+    alone = machine.run(REWARD.replace("--out out", "--out alone") + more, folder)
     assert alone.code == 0, alone.err
-    for done in machine.ranks([REWARD + " --lr 0"] * 2, [folder] * 2):
+    for done in machine.ranks([REWARD + more] * 2, [folder] * 2):
         assert done.code == 0, done.err
     a, b = (steps_of(folder / f"{out}/06_reward.jsonl")[-1] for out in ("alone", "out"))
     assert a["val_mean"] == pytest.approx(b["val_mean"], rel=1e-5) and set(a) == set(b)
