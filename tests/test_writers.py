@@ -308,3 +308,32 @@ def test_end_of_run_sh(job):
         assert sound(log) == int(re.search(r"\d+", err)[0]) > done
         assert (job / "out/01_sft.state.pt").exists() and not (job / "out/01_sft.lock").exists()
         done = sound(log)
+
+
+def test_side_by_side(job):
+    """Two lists of stages at once: TERM or kill -9 of run.sh ends both, and both save; where one
+    fails the other still ends, and then run.sh fails as it did."""
+    head = (job / "run.sh").read_text().split("run $py")[0]
+    two = "".join(f"{x}() {{ run $py {ROOT}/{LONG.replace('--out out', f'--out out{x}')}; }}\n"
+                  for x in "ab")
+    (job / "run.sh").write_text(head + two + "pair a b\n")
+    logs, done = [job / f"out{x}/01_sft.jsonl" for x in "ab"], [0, 0]
+    for sign, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        run = start_python(["./run.sh"], job)
+        try:
+            until(lambda done=done: all(lines(log) > n + 3 and (
+                not n or f'"resumed_from": {n}' in log.read_text()) for log, n in zip(logs, done)))
+            os.kill(run.pid, sign)
+            assert run.wait(20) == code
+            until(lambda run=run: not in_session(run.pid), 20)
+        finally:
+            for pid in in_session(run.pid):
+                os.kill(pid, signal.SIGKILL)
+        assert run.communicate()[1].count("the same command continues") == 2
+        done = [sound(log) for log in logs]
+        assert all((job / f"out{x}/01_sft.state.pt").exists() for x in "ab")
+    (job / "run.sh").write_text(head + "a() { run sh -c 'sleep 1; echo ok > a'; echo on > a2; }\n"
+                                "b() { run sh -c 'exit 7'; echo on > b; }\npair a b\necho on > c\n")
+    run = start_python(["./run.sh"], job)
+    assert run.wait(20) == 7 and (job / "a").exists() and (job / "a2").exists()
+    assert not (job / "b").exists() and not (job / "c").exists()
