@@ -184,7 +184,7 @@ def main(cfg):
     rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
     ref = load(cfg.init, device)[0].requires_grad_(False)
-    model.fp32_head = ref.fp32_head = True     # sampler and trainer agree: MiniMax-M1, ScaleRL
+    model.fp32_head = ref.fp32_head = True     # in bf16 sampler and trainer differ less
     ref = wrap(ref)
     reward_model, _, parts = load(cfg.reward, device, "reward", tokenizer)
     reward_model = RewardModel(reward_model, parts["head"]).to(device).requires_grad_(False)

@@ -436,7 +436,8 @@ def prefill(model, cache, prompts, slot):
 def sampler_gap(batches):
     """How far the sampler's log-probs are from the trainer's, which should be the same: mean and
     largest |difference| a token, over ranks. batches: [(ids, targets, sampled, old_logprobs, ...)],
-    each (B, T); targets below 0 do not count. A ratio carries the gap as if it were an update."""
+    each (B, T); targets below 0 do not count. A ratio carries the gap as if it were an update: the
+    logits in fp32 (fp32_head; MiniMax-M1 2025, ScaleRL 2025) make it smaller."""
     gaps = torch.cat([(old - sampled).abs()[targets >= 0]
                       for _, targets, sampled, old, *_ in batches])
     total = all_sum(gap=gaps.sum(), count=len(gaps))

@@ -126,7 +126,7 @@ def cispo_loss(logprobs, old_logprobs, advantages, completion_mask, clip_eps_hig
 def main(cfg):
     rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
-    model.fp32_head = True                     # sampler and trainer agree: MiniMax-M1, ScaleRL
+    model.fp32_head = True                     # in bf16 sampler and trainer differ less
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
     optimizers = make_optimizers([model], cfg.lr, weight_decay=cfg.weight_decay,

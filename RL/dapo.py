@@ -168,7 +168,7 @@ def main(cfg):
         fail(f"--overlong {cfg.overlong} must be below --max_new {cfg.max_new}: else every "
              "completion is punished")
     model, tokenizer, _ = load(cfg.init, device)
-    model.fp32_head = True                     # sampler and trainer agree: MiniMax-M1, ScaleRL
+    model.fp32_head = True                     # in bf16 sampler and trainer differ less
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
     optimizers = make_optimizers([model], cfg.lr, weight_decay=cfg.weight_decay,

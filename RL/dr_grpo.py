@@ -133,7 +133,7 @@ def main(cfg):
     rank, world, device = setup(cfg)
     model, tokenizer, _ = load(cfg.init, device)
     ref = load(cfg.init, device)[0].requires_grad_(False)
-    model.fp32_head = ref.fp32_head = True     # sampler and trainer agree: MiniMax-M1, ScaleRL
+    model.fp32_head = ref.fp32_head = True     # in bf16 sampler and trainer differ less
     ref = wrap(ref)
     train, val = (read(cfg, name, tokenizer, model) for name in (cfg.train, cfg.val))
     ddp = wrap(model)
