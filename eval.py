@@ -139,14 +139,15 @@ def second(args, stage):
     few steps where this one has many, and what the checkpoint itself has answered to it."""
     tok, held = stage.tokenizer, [row for row in stage.rows if not row.get("seen")]
     asked = [row for row in first(stage.rows, each(args.n_second, held)) if row["id"] in stage.said]
+    try:
+        tok.header("assistant", "user")
+    except ValueError:                     # this model's own chat is for one question alone
+        return {}
     rows = [row | {"prompt": [*turns(other["prompt"]), {
         "role": "assistant", "content": tok.decode(content(tok, stage.said[other["id"]]))},
         *turns(row["prompt"])]} for row, other in zip(asked, asked[::-1])
         if row is not other and not row.get("seen")]
-    try:
-        rows = [r for r in rows if len(tok.prompt(r["prompt"])) < stage.model.cfg.block_size]
-    except ValueError:                     # this model's own chat is for one question alone
-        return {}
+    rows = [r for r in rows if len(tok.prompt(r["prompt"])) < stage.model.cfg.block_size]
     right = [verify(text, row["answer"]) or 0.0
              for row, [(text, _, _)] in zip(rows, ask(args, stage, rows))]
     before = [stage.right["free"][row["id"]] for row in rows]

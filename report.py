@@ -24,7 +24,7 @@ def cell(name, figure):
     if not figure:
         return "-"
     scale = 1 if re.match("length|KL|bits|margin|perplexity", name) else 100
-    digits = 3 if name[0] in "Kb" else 1
+    digits = 3 if re.match("KL|bits", name) else 1
     text = lambda x: f"{x:.{digits}f}" if abs(x) < 1e6 else f"{x:.3g}"
     if "low" not in figure:
         return text(figure["mean"] * scale)

@@ -20,7 +20,7 @@ PEAK, SHARE = 989e12, 0.4        # flops a second: an H100 SXM's in bf16, dense;
 STEP, SLOTS = 0.4e-3, 256        # some 40 kernels a layer, started from Python; generate's slots
 SAVED = 50                       # what a block keeps for its backward pass, bf16 and fp32 together
 ENCODE, CORES = 0.5e6, 16        # tokens a second and core
-ASKED = 6000                     # completions that eval.py asks of a checkpoint, about
+ASKED = 3200                     # completions that eval.py asks of a checkpoint, about
 # GPT-2's BPE: 78 tokens a row on 2000 rows of Alpaca, 144 of Dolly, 58 + 74 of GSM8K, 156 a side on
 # 2299 of HH-RLHF; 400 a side assumed for UltraFeedback. In RL, the prompt alone.
 LENGTH = {"01": 90, "02": 137, "03": 230, "06": 230, "04": 58, "05": 58}

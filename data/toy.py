@@ -24,7 +24,8 @@ What is held out. A problem is its start and operations; its sha256 says train, 
 no file and no wording can disagree. Training material of any kind holds no trace, story or
 question that contains a val or test problem even as a part: every run of two or more operations
 is looked up, from the value where it starts. A single fact such as 12+5=17 is knowledge. (Runs from
-above 30 are not looked up: they are never asked in training, but some stand inside its traces.)
+above 30 are not looked up: they are never asked in training, and those that stand inside its traces
+have four operations at most: rl_long asks five.)
 
 What makes a trace worse. `hasty`: several operations in one line, wrong half of the time (shorter).
 `pad`: a line said twice (longer). `skip`: one operation of the question ignored (shorter).
@@ -51,7 +52,7 @@ VAL_SHARE, TEST_SHARE = 0.05, 0.18
 SLIPS = (-10, -3, -2, -1, 1, 2, 3, 10)  # how far a wrong result is off
 # Beyond training: {what: (steps, starts)}. Eight operations with their trace fit 256 tokens. Two
 # operations from above 30 stand inside many a trace of training, three or more in few.
-BEYOND = {"steps": ((6, 7, 8), (1, MAX_START)), "range": (STEPS[2:], (31, 60)),
+BEYOND = {"steps": ((6, 7, 8), (1, MAX_START)), "range": (STEPS[-1:], (31, 60)),
           "wording": (STEPS[1:], (1, MAX_START))}
 PAIR_KINDS = ["hasty"] * 2 + ["pad"] * 4 + ["skip"] * 2 + ["wrong"] * 2
 
@@ -344,8 +345,16 @@ def demonstrations(rng, split, count, pool, other, traced):
     for _ in range(count):
         turns = 2 if rng.random() < DIALOGUE_SHARE else 1
         items = [demonstration(rng, split, pool, other, traced) for _ in range(turns)]
+        while turns == 2 and goes_on(*items):
+            items[1] = demonstration(rng, split, pool, other, traced)
         rows.append(items[0] if turns == 1 else dialogue(items))
     return rows
+
+
+def goes_on(one, two):
+    """Whether the second question starts at the first one's answer: both would be one problem."""
+    answer = one["completion"].partition("<answer>")[2].partition("<")[0]
+    return answer != "" and f" has {answer} " in two["prompt"]
 
 
 def dialogue(items):

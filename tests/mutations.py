@@ -786,6 +786,10 @@ put("range-as-in-training", "questions beyond the range start where training doe
     "start, ops = draw(rng, n, \"test\", starts)", "start, ops = draw(rng, n, \"test\")",
     "toy.py::test_questions_beyond_training")
 
+put("dialogue-of-one-problem", "two turns spell out a longer problem, which may be held out",
+    "data/toy.py", "while turns == 2 and goes_on(*items):", "while False:",
+    "toy.py::test_training_spells_out_no_held_out_problem")
+
 put("one-item-said-twice", "a dialogue's second turn repeats its first", "data/toy.py",
     "rows.append(items[0] if turns == 1 else dialogue(items))",
     "rows.append(items[0] if turns == 1 else dialogue([items[0]] * 2))",

@@ -70,6 +70,7 @@ def test_no_interval_has_no_width():
 @pytest.mark.parametrize("name, figure, text", [
     ("free", figures.share([0] * 20), "0.0 (0.0..16.1)"),
     ("free", figures.share([1] * 10 + [0] * 10), "50.0 ±20.1"),
+    ("beyond, range", figures.share([1] * 10 + [0] * 10), "50.0 ±20.1"),
     ("length", {"mean": 4.0, "n": 1}, "4.0"), ("chat", None, "-"),
     ("length", {"mean": 4.77, "n": 9, "low": 4.74, "high": 4.80}, "4.77 ±0.03"),
     ("margin, all", {"mean": 3.0, "n": 9, "low": 2.0, "high": 4.0}, "3.0 ±1.0"),

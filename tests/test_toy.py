@@ -182,6 +182,9 @@ def test_training_spells_out_no_held_out_problem(rows, raw):
         for row in rows[name]:
             texts = [(row["prompt"], row.get(key, "")) for key in ("chosen", "rejected")
                      ] if "prompt" in row and "completion" not in row else turns(row)
+            if "messages" in row and all("How many" in prompt for prompt, _ in texts):
+                seen[name] |= spelled([line for prompt, _ in texts
+                                       for line in problem_lines(prompt)])
             for prompt, text in texts:
                 if "How many" in prompt:
                     seen[name] |= spelled(problem_lines(prompt))
@@ -293,12 +296,12 @@ def test_questions_beyond_training(rows, raw):
     assert collections.Counter(row["beyond"] for row in rows["rl_long"]) == {
         "steps": 240, "range": 240, "wording": 240}
     count = collections.Counter((row["beyond"], row["steps"]) for row in rows["rl_long"])
-    assert set(count.values()) == {60, 80}
+    assert sorted(count.values()) == [60] * 4 + [80] * 3 + [240]
     for row in rows["rl_long"]:
         start, ops = read_any(row["prompt"])
         beyond = row["beyond"]
         assert len(ops) == row["steps"] and row["answer"] == str(evaluate(start, ops))
-        assert row["steps"] in {"steps": (6, 7, 8), "range": (3, 4, 5)}.get(beyond, (2, 3, 4, 5))
+        assert row["steps"] in {"steps": (6, 7, 8), "range": (5,)}.get(beyond, (2, 3, 4, 5))
         assert 31 <= start <= 60 if beyond == "range" else 1 <= start <= 30
         assert toy.split_of(f"{start}{''.join(ops)}") == "test"
         said = re.findall("[a-zA-Z]+", row["prompt"])
@@ -316,7 +319,7 @@ def test_questions_beyond_training(rows, raw):
     for beyond in ("steps", "range", "wording"):
         problems = {read_any(row["prompt"]) for row in rows["rl_long"] if row["beyond"] == beyond}
         assert len(problems) == 240
-        assert len(problems & spelled_out) <= (24 if beyond == "range" else 0)
+        assert not problems & spelled_out
 
 
 def test_worse_traces_are_worse_in_their_way(rows):
