@@ -130,7 +130,7 @@ def steps_of(path):
     """The log without its first line, which is the run, and without what a clock says."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     assert list(lines[0])[:2] == ["stage", "config"]
-    return [{k: v for k, v in line.items() if k != "tok_s"} for line in lines[1:]]
+    return [{k: v for k, v in line.items() if k not in ("tok_s", "mfu")} for line in lines[1:]]
 
 
 def write_rows(path, rows):
