@@ -371,7 +371,7 @@ def pick_device(device, local=0, world=1):
         fail(f"--device {device}: this machine has {', '.join(there)} (auto picks one)")
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        # cuDNN's attention plans anew for each key length, and generation has one more each step.
+        # cuDNN's attention plans anew for each batch and key length, and generation has many.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 

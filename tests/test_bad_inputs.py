@@ -990,6 +990,8 @@ for command, reason, change in [
         ("data/toy.py --out data/train.bin", "train.bin is a file", None),
         ("data/toy.py --nope", "unrecognized", None),
         ("bench/estimate.py --nope", "takes --gpu NAME, not --nope", None),
+        ("bench/gpu.py --only nope", "the parts are cudnn, chunk", None),
+        ("bench/gpu.py --device cuda:9 --out gpu", "--device cuda:9: this machine has", None),
         ("bench/estimate.py --gpu Radeon", "no card 'Radeon' is known; known are H200", None),
         ("bench/summary.py nowhere", "takes no arguments, not nowhere", None),
         ("report.py nowhere", "nowhere", None), ("report.py data", "data", None),

@@ -200,6 +200,96 @@ def test_settings_of_cuda(monkeypatch):
         torch.backends.cuda.enable_cudnn_sdp(True)
 
 
+# ---------------------------------------------------------------------------- bench/gpu.py
+
+@pytest.fixture
+def bench(tmp_path):
+    """bench("micro") -> bench/gpu.py as a module, and that part's Bench, tiny and on the CPU."""
+    sys.path.append(str(ROOT / "bench"))
+    import gpu
+    sys.path.remove(str(ROOT / "bench"))
+    return lambda part: (gpu, gpu.Bench(SimpleNamespace(
+        device="cpu", tiny=True, out=str(tmp_path), part=part)))
+
+
+def records(path):
+    return [json.loads(line) for line in (path / "gpu.jsonl").read_text().splitlines()]
+
+
+def test_bench_in_one_command(tmp_path):
+    """A table at the end and a record of every figure, without what only data need; the parts of a
+    step of 04 are all of it."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name in ("datasets", "tiktoken", "tokenizers", "safetensors", "matplotlib"):
+        (stubs / f"{name}.py").write_text("raise ImportError('not installed')\n")
+    done = subprocess.run(
+        [sys.executable, "bench/gpu.py", "--device", "cpu", "--tiny", "--only", "cu,grpo", "--out",
+         str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(stubs)})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    machine, cudnn, *grpo = records(tmp_path)
+    assert machine["part"] == "machine" and machine["torch"] == torch.__version__
+    assert cudnn["error"] == "on CUDA alone"
+    made = {row["what"].split(",")[0]: row for row in grpo}
+    assert sorted(made) == ["rollout", "score", "step", "update"]
+    parts = [made[name] for name in ("rollout", "score", "update")]
+    assert sum(row["ms"] for row in parts) == pytest.approx(made["step"]["ms"])
+    assert sum(row["share"] for row in parts) == pytest.approx(1) and min(
+        row["share"] for row in parts) > 0
+    text = (tmp_path / "gpu.txt").read_text()
+    assert text in done.stdout and text.count("\n") == 6 and "rollout, 4 x 2" in text
+
+
+@pytest.mark.parametrize("part, n", [("chunk", 4), ("micro", 3), ("pretrain", 2), ("decode", 3)])
+def test_parts_of_the_bench(part, n, bench, tmp_path):
+    gpu, b = bench(part)
+    gpu.PARTS[part](b)
+    rows = records(tmp_path)
+    assert len(rows) == n == len({row["what"] for row in rows})
+    assert not [row for row in rows if "error" in row]
+    for row in rows[part == "decode":]:
+        assert row["tok_s"] > 0 and row["ms"] > 0 and "mfu" not in row and "peak_gb" not in row
+    assert gpu.table([{"part": "machine", "card": "x"}, *rows]).count("\n") == n + 1
+
+
+def test_bench_counts_what_it_says(bench, monkeypatch):
+    """A step of 00 sees all rows, so many at once; MFU by the card's peak."""
+    gpu, b = bench("pretrain")
+    seen, forward = [], kernel.GPT.forward
+    monkeypatch.setattr(kernel.GPT, "forward", lambda self, ids, *a: (
+        seen.append(tuple(ids.shape)), forward(self, ids, *a))[1])
+    gpu.step_of_00(b, "124M", 6, 32, 2)()
+    assert seen == [(2, 32)] * 3
+    b.card = 1e12, 1e9, 1e9
+    figures = gpu.trained(b, "124M", 6, 32, 2)
+    work = 3 * flops(dict(TINY_SHAPE), 32)
+    assert figures["tflops"] == pytest.approx(work * figures["tok_s"] / 1e12)
+    assert figures["mfu"] == pytest.approx(figures["tflops"])
+
+
+TINY_SHAPE = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=128)
+
+
+def test_bench_goes_on(bench, tmp_path, monkeypatch):
+    """What finds no memory and what fails are recorded in a line, and the next figure follows; a
+    part that takes too long is ended with what it has started."""
+    gpu, b = bench("chunk")
+
+    def fails(error):
+        raise error
+    b.record("a", fails, torch.OutOfMemoryError("CUDA out of memory.\nSee"))
+    b.record("b", fails, ValueError("no\nway"))
+    b.record("c", lambda: {"ms": 2.0})
+    assert [(r["what"], r.get("error"), r.get("ms")) for r in records(tmp_path)] == [
+        ("a", "out of memory", None), ("b", "ValueError: no way", None), ("c", None, 2.0)]
+    monkeypatch.setitem(gpu.SECONDS, "chunk", 0.2)
+    args = SimpleNamespace(out=str(tmp_path), device="cpu", tiny=True)
+    gpu.run_part("chunk", args, f"{tmp_path}/gpu.jsonl")
+    assert records(tmp_path)[-1]["error"] == "not finished in 0.2 s"
+    assert sum(gpu.SECONDS.values()) < 8 * 60
+
+
 # ---------------------------------------------------------------------------- out of memory
 
 TORCH = 'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nSee here")'
