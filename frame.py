@@ -12,6 +12,8 @@ import sys, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 
+from flops import card, flops
+
 
 def last_words(kind, error, trace):
     """Instead of a traceback, where a line says it all: Ctrl-C, memory, another rank that is gone.
@@ -19,12 +21,32 @@ def last_words(kind, error, trace):
     said = f"{kind.__name__}: {error}"
     if issubclass(kind, KeyboardInterrupt):
         raise SystemExit(130)
-    if re.search(r"MemoryError|out of memory|can't allocate memory|not enough memory", said):
-        fail("out of memory: lower --micro_batch (or batch, window and model), or use --bf16 1, "
-             "--checkpointing 1")
+    if no_memory(error):
+        fail(f"out of memory: {needs_less_memory()}; what is on disk is intact")
     if re.search(r"DistBackendError|gloo|onnection (closed|reset|refused)|Broken pipe", said):
         fail("another rank has left: its own line says why; the same command continues")
     sys.__excepthook__(kind, error, trace)
+
+
+known_flags = {}       # of the script at hand, when its command line has been read
+
+
+def no_memory(error):
+    """Whether an exception says, in its own words, that the host or the device has none left."""
+    said = f"{type(error).__name__}: {error}"
+    return bool(re.search(r"(?i)MemoryError|OutOfMemory|bad_alloc|_ALLOC_FAILED|out of memory|"
+                          r"not enough memory|ca(n't|nnot) allocate memory", said))
+
+
+def needs_less_memory():
+    """What the flags of this script offer."""
+    lower = [f"--{flag}" for flag in ("micro_batch", "micro_tokens", "batch_size", "max_new",
+                                      "window") if flag in known_flags]
+    if "--micro_batch" in lower and "--batch_size" in lower:
+        lower.remove("--batch_size")                # an optimizer's step: nothing of it waits
+    other = ("--checkpointing 1" if "checkpointing" in known_flags else
+             "--device cpu" if "device" in known_flags else "a machine with more")
+    return f"lower {' or '.join(lower)}, or use {other}" if lower else f"use {other}"
 
 
 sys.excepthook = last_words
@@ -86,6 +108,8 @@ def cannot_read(path, error, made_by=""):
 
 def cannot_write(path, error):
     """Leave with why `path` cannot be written."""
+    if no_memory(error):
+        fail(f"out of memory while writing {path}; what was there before is intact")
     why, full = getattr(error, "strerror", None), (errno.ENOSPC, errno.EDQUOT)
     fail(f"cannot write {path} ({why or error}); what was there before is intact. "
          + ("Free some space and run the same command again"
@@ -100,6 +124,8 @@ def believing(otherwise):
     except (SystemExit, KeyboardInterrupt, OSError, MemoryError):
         raise
     except BaseException as e:             # the tokenizers library panics outside of Exception
+        if no_memory(e):
+            raise
         fail(f"{otherwise} ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
 
 
@@ -235,13 +261,17 @@ def check_ranges(values, script="", where="--"):
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose help is the script's docstring and whose errors are one line."""
-
     def __init__(self, doc):
         super().__init__(description=doc, allow_abbrev=False, usage="%(prog)s [--flag value ...]",
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         for stream in (sys.stdout, sys.stderr):          # a name that the terminal cannot show
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
+
+    def parse_args(self, *args):
+        given = super().parse_args(*args)
+        known_flags.update(vars(given))
+        return given
 
     def error(self, message):
         fail(f"{message}; --help lists the flags")
@@ -341,6 +371,8 @@ def pick_device(device, local=0, world=1):
         fail(f"--device {device}: this machine has {', '.join(there)} (auto picks one)")
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+        # cuDNN's attention plans anew for each batch and key length, and generation has many.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -445,13 +477,14 @@ class Log:
 
     The file's first line is the run: its config, model, device, sizes. `step` counts from 1, and
     `tokens` are those that the step has seen, over all ranks. "samples" among the metrics, rows
-    of what the model wrote, go to NAME.samples.jsonl.
+    of what the model wrote, go to NAME.samples.jsonl. `mfu`: see `share_of_peak`.
     """
 
     def __init__(self, cfg, first, header):
         self.cfg, self.name, self.last = cfg, script_of(cfg), time.monotonic()
         self.path, self.progress = f"{cfg.out}/{self.name}", Progress(self.name, cfg.steps, first)
         self.quiet = dist.is_initialized() and dist.get_rank() > 0
+        self.model, self.peak = header.get("model"), peak_of_all(header["device"])
         if self.quiet:
             return
         head = {"stage": self.name, "config": asdict(cfg), **header, "resumed_from": first}
@@ -464,6 +497,8 @@ class Log:
     def __call__(self, step, tokens, samples=(), **metrics):
         now = time.monotonic()
         metrics["tok_s"], self.last = round(tokens / max(now - self.last, 1e-9)), now
+        if self.peak and self.name[:2] in ("00", "01", "02"):
+            metrics["mfu"] = self.share_of_peak(tokens, metrics["tok_s"])
         bad = [f"{k} is {v}" for k, v in metrics.items() if not math.isfinite(v)]
         if bad:
             diverged(self.cfg, step, ", ".join(bad))
@@ -480,6 +515,20 @@ class Log:
             said = row["completion"].replace("\n", " / ")
             verdict = {1: "right", 0: "wrong"}.get(row["verdict"], "no answer")
             say(to_width(f"{'sample':>12} {verdict}: {said}"))
+
+    def share_of_peak(self, tokens, per_second):
+        """MFU: the operations that the formula asks for, of those that the cards could do in bf16.
+        Only where each token passes the model once, forward and back: 00, 01 and 02. There 01 and
+        02 compute the head for completion tokens alone, so for them it does not count; padding and
+        what --checkpointing computes twice count nowhere. Of rows of unequal length the mean."""
+        work = 3 * flops(self.model, tokens / self.cfg.batch_size, head=self.name[:2] == "00")
+        return round(work * per_second / self.peak, 4)
+
+
+def peak_of_all(device):
+    """FLOP/s of all ranks' cards together, 0 where one is not known. `device` as in the log."""
+    known = "cuda" in device and card(torch.cuda.get_device_name())
+    return (dist.get_world_size() if dist.is_initialized() else 1) * known[0] if known else 0
 
 
 def begin(path, first, head):

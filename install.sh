@@ -9,8 +9,10 @@ stop() { echo "error: $1" >&2; exit 2; }
 file="${1:-requirements.txt}"
 [ -f "$file" ] || stop "$file is missing: name a file of requirements"
 for folder in RL DPO data; do
-  [ -L $folder/model.py ] && [ -L $folder/answers.py ] && [ -L $folder/frame.py ] || stop "$folder/model.py is no symbolic link, \
-so this checkout was made without them: git config core.symlinks true && git checkout -- $folder"
+  for file in model answers frame flops; do
+    [ -L $folder/$file.py ] || stop "$folder/$file.py is no symbolic link, so this \
+checkout was made without them: git config core.symlinks true && git checkout -- $folder"
+  done
 done
 key="$(cat requirements.txt "$file") ${TORCH_INDEX:-}"
 [ "$(cat ".venv/installed-$file" 2>/dev/null)" != "$key" ] || exit 0

@@ -18,6 +18,7 @@ and then what serves training:
 Files, flags, ranks and the log are in frame.py; the scripts have them from here.
 """
 import hashlib, json, math, os, re, signal, zipfile
+from array import array
 from contextlib import nullcontext
 from dataclasses import InitVar, asdict, dataclass, fields
 from decimal import Decimal
@@ -752,7 +753,8 @@ def last_turn(said, prompt, key):
 
 
 def encode_rows(rows, path, encode, block_size):
-    """[encode(row) -> (ids, ...)] for the rows whose ids all fit the context.
+    """[encode(row) -> (ids, ...)] for the rows whose ids all fit the context; ids with their mask
+    as arrays, prompts alone as lists.
 
     Rows that are too long are dropped and counted, never cut: a cut completion would lose its end.
     """
@@ -766,7 +768,7 @@ def encode_rows(rows, path, encode, block_size):
         if max(len(ids) for ids, *_ in items) > block_size:
             dropped += 1
         else:
-            kept.append(items)
+            kept.append([packed(*item) for item in items])
     if dropped:
         say(f"{path}: {dropped} of {len(rows)} rows are longer than the context of {block_size} "
             "tokens and were dropped")
@@ -775,6 +777,13 @@ def encode_rows(rows, path, encode, block_size):
              if block_size > 0 else
              f"{path}: no row fits the context, in which --max_new leaves no room: lower it")
     return kept
+
+
+def packed(ids, mask=None, *rest):
+    """ids and their mask as arrays of 4 and 1 bytes a token: in lists each token has 48."""
+    if isinstance(mask, list) and len(mask) == len(ids) and all(x in (0, 1) for x in mask):
+        return array("i", ids), array("b", mask), *rest
+    return ids, mask, *rest
 
 
 def read_tokens(path, tokenizer):
@@ -826,10 +835,12 @@ def scan_tokens(path, ids, vocab_size):
 
 
 def pad(rows, device, fill=0):
-    """Ragged lists -> (B, T), right-padded. Attention is causal, so padding on the right is never
-    seen by a real token, and masks come from lengths: a pad may then equal any id."""
-    T = max(len(r) for r in rows)
-    return torch.tensor([list(r) + [fill] * (T - len(r)) for r in rows], device=device)
+    """Ragged lists or arrays -> (B, T), right-padded. Attention is causal, so padding on the right
+    is never seen by a real token, and masks come from lengths: a pad may then equal any id."""
+    out = np.full((len(rows), max(map(len, rows))), fill, np.int64)
+    for place, row in zip(out, rows):
+        place[: len(row)] = row
+    return torch.from_numpy(out).to(device)
 
 
 def shift(ids, completion_mask):
@@ -855,7 +866,7 @@ def split(items, size, rank=0, world=1):
 def by_length(rows, size, rank=0, world=1):
     """As `split`, after sorting by length: rows of like length share a micro-batch, which leaves
     little padding. For sums, which do not mind the order."""
-    longest = lambda row: max(len(ids) for ids, *_ in ([row] if isinstance(row[0], list) else row))
+    longest = lambda row: max(len(ids) for ids, *_ in (row if isinstance(row[0], tuple) else [row]))
     return split(sorted(rows, key=longest), size, rank, world)
 
 

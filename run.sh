@@ -1,25 +1,35 @@
 #!/usr/bin/env bash
 # The main job: toy data, every stage, one table. Interrupted? The same command continues.
 #   ./run.sh [--seed N]               on two CPU cores; seed 0 lies in out/toy, N in out/toy-seedN
-#   ./run.sh 124m|406m [--seed N]     the same chain on real data and all GPUs of this machine
-#   ./run.sh 406m --dry_run           its commands, with tokens, memory and time; runs nothing
+#   ./run.sh 60m [--seed N]           the same chain on real data: one GPU of 16 GB or more, some hours
+#   ./run.sh 124m|406m [--seed N]     the same, larger, on all GPUs of this machine
+#   ./run.sh 60m --dry_run            its commands, with tokens, memory and time by formula; runs
+#       [--gpus N] [--gpu NAME]       nothing; on other GPUs than this machine's: --gpus 8 --gpu h100
 #   TORCH_INDEX=https://download.pytorch.org/whl/cu128 ./run.sh      which torch build to install
 set -euo pipefail
 cd "$(dirname "$0")"
 
-usage() { echo "error: $1; usage: ./run.sh [124m|406m] [--seed N] [--dry_run]" >&2; exit 2; }
-seed=0 recipe=toy dry=0
+usage() {
+  echo "error: $1; usage: ./run.sh [60m|124m|406m] [--seed N] [--dry_run [--gpus N] [--gpu NAME]]" >&2
+  exit 2
+}
+seed=0 recipe=toy dry=0 gpus="" gpu=""
 while [ $# -gt 0 ]; do
   case "$1" in
     --seed) [[ "${2:-}" =~ ^(0|[1-9][0-9]{0,8})$ ]] || usage "--seed wants a whole number below 10^9"
       seed=$2; shift 2 ;;
-    124m|406m) recipe=$1; shift ;;
+    60m|124m|406m) recipe=$1; shift ;;
     --dry_run) dry=1; shift ;;
-    -h|--help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --gpus) [[ "${2:-}" =~ ^(1|2|3|4|6|8|12|24)$ ]] || usage "--gpus wants 1, 2, 3, 4, 6, 8, 12 or 24"
+      gpus=$2; shift 2 ;;
+    --gpu) [ -n "${2:-}" ] || usage "--gpu wants a name"
+      gpu=$2; shift 2 ;;
+    -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) usage "unknown argument $1" ;;
   esac
 done
-[ $dry = 0 ] || [ $recipe != toy ] || usage "--dry_run is for 124m and 406m"
+[ $dry = 0 ] || [ $recipe != toy ] || usage "--dry_run is for 60m, 124m and 406m"
+[ $dry = 1 ] || [ -z "$gpus$gpu" ] || usage "--gpus and --gpu are for --dry_run"
 out=out/$recipe; [ "$seed" = 0 ] || out=out/$recipe-seed$seed
 
 [ $dry = 1 ] || ./install.sh
@@ -58,11 +68,12 @@ stage() {
   run .venv/bin/torchrun --standalone --nproc_per_node=$gpus $1.py --out $out --seed $seed "${@:2}"
 }
 chain() {                        # text and its tokens, steps, rate and rows of 00; its shape
-  run $py data/text.py $1 --tokens $2
+  local text=${text:-out/data/$1}
+  run $py data/text.py $1 --tokens $2 --out $text
   for source in alpaca dolly gsm8k hh ultrafeedback; do run $py data/$source.py; done
   run $py data/mix.py out/data/{alpaca,dolly,gsm8k,hh,ultrafeedback} --out out/data/chat
   chat="--data out/data/chat"
-  stage 00_pretrain --data out/data/$1 ${*:6} --position learned --block_size 1024 --window 1024 \
+  stage 00_pretrain --data $text ${*:6} --position learned --block_size 1024 --window 1024 \
     --steps $3 --batch_size 480 --micro_batch $5 --lr $4 --muon_lr 0 --weight_decay 0.1 \
     --warmup 300 --eval_every 250 --save_every 250 --compile 1
   stage 01_sft $chat --init $out/00_pretrain.pt --steps 1100 --batch_size 192 --micro_batch 6 \
@@ -82,18 +93,27 @@ chain() {                        # text and its tokens, steps, rate and rows of 
 }
 recipe() {
   case $recipe in
+    60m) text=out/data/fineweb-edu-60m      # 124m has twice as many tokens
+         chain fineweb-edu 1200000000 2400 6e-4 20 --n_layer 10 --n_head 8 --n_embd 512 ;;
     124m) chain fineweb-edu 2500000000 5000 6e-4 20 --n_layer 12 --n_head 12 --n_embd 768 ;;
     406m) chain pile 8100000000 16500 3e-4 6 --n_layer 24 --n_head 16 --n_embd 1024 --tied 0 ;;
   esac
 }
 if [ $recipe != toy ]; then
-  gpus=$($py -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
+  read -r here card < <($py -c 'import torch, flops
+n = torch.cuda.device_count()
+name = torch.cuda.get_device_name() if n else ""
+print(n, name if flops.card(name) else "")' 2>/dev/null || echo 0) || true
   if [ $dry = 1 ]; then
     [ -x $py ] && see=$py || see=python3
-    [ "$gpus" != 0 ] || { gpus=8; echo "no GPU here: as for $gpus"; }
-    recipe | $see bench/estimate.py
+    as=8 like=h100; [ $recipe != 60m ] || as=1 like="rtx 4090"
+    [ "$here" != 0 ] || [ -n "$gpus$gpu" ] || echo "no GPU here: as for $as x $like"
+    [ "$here" != 0 ] || here=$as
+    gpus=${gpus:-$here} gpu=${gpu:-${card:-$like}}
+    recipe | $see bench/estimate.py --gpu "$gpu"
     exit
   fi
+  gpus=$here
   [ "$gpus" != 0 ] || { echo "error: torch finds no GPU, and ./run.sh $recipe would take years" \
     "without: --dry_run shows its commands, ./run.sh is the job for a CPU" >&2; exit 2; }
   recipe

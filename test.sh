@@ -3,6 +3,7 @@
 # ./test.sh all    and what is slower: every bad input, agreement with trl and transformers, every
 #                  mutation
 # ./test.sh tests/test_losses.py -k dpo        pytest's own arguments
+# ./test.sh tests --device cuda                the kernel, losses and one rank's updates on a GPU
 set -euo pipefail
 cd "$(dirname "$0")"
 export GOMP_SPINCOUNT=3000       # threads that wait for a shared core give it away: see run.sh

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, fail, label_of, load,
-                   make_optimizers, pad, read_rows, resume, sample_rows, save_checkpoint, setup,
-                   shift, wrap)
+                   make_optimizers, packed, pad, read_rows, resume, sample_rows, save_checkpoint,
+                   setup, shift, wrap)
 import torch
 from torch import nn
 
@@ -92,7 +92,8 @@ def mismatch(rows, block_size, path):
     if None in other:
         fail(f"all rows of {path} have one prompt: kl needs completions of other prompts")
     mixed = [(split[a][0], split[b][1]) for a, b in enumerate(other)]
-    return [((x + y)[:block_size], ([0] * len(x) + [1] * len(y))[:block_size], 0) for x, y in mixed]
+    return [packed((x + y)[:block_size], ([0] * len(x) + [1] * len(y))[:block_size], 0)
+            for x, y in mixed]
 
 
 # ---------------------------------------------------------------------------- loss

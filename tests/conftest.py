@@ -42,6 +42,29 @@ TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, window=24, steps=2, b
             eval_rows=4, eval_every=1000, save_every=1000, warmup=1, device="cpu")
 
 
+# Tests that --device cuda runs there, in fp32 and float64; all others are of the host, or of ranks.
+ON_DEVICE = "test_kernel.py", "test_losses.py", "test_float32.py", "test_stages.py"
+DEVICE = "cpu"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help=(
+        f"where {', '.join(ON_DEVICE)} run; with cuda nothing else does"))
+
+
+def pytest_configure(config):
+    global DEVICE
+    DEVICE = TINY["device"] = config.getoption("--device")
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if DEVICE != "cpu" and item.path.name not in ON_DEVICE:
+            item.add_marker(pytest.mark.skip(reason=f"not on {DEVICE}"))
+
+
 def stem(name):
     """What its outputs are called: RL/rloo writes rloo.pt."""
     return Path(name).stem
@@ -130,7 +153,7 @@ def steps_of(path):
     """The log without its first line, which is the run, and without what a clock says."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     assert list(lines[0])[:2] == ["stage", "config"]
-    return [{k: v for k, v in line.items() if k != "tok_s"} for line in lines[1:]]
+    return [{k: v for k, v in line.items() if k not in ("tok_s", "mfu")} for line in lines[1:]]
 
 
 def write_rows(path, rows):
@@ -148,6 +171,22 @@ def clean():
     torch.set_default_dtype(torch.float32)
     kernel.SWITCHES.update(dict.fromkeys(kernel.SWITCHES, 0))
     unlock()
+
+
+@pytest.fixture(autouse=True)
+def on_cuda(monkeypatch):
+    """Products in fp32, as the tests expect them, and not in bf16."""
+    if DEVICE == "cuda":
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+
+
+@pytest.fixture
+def on_device():
+    """What the test builds without naming a device is on --device."""
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture

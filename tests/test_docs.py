@@ -7,7 +7,7 @@ def test_diff_guide_is_fresh():
     assert (ROOT / "docs/diffs.md").read_text() == diffs.guide(), "run python docs/diffs.py"
     siblings = {new for _, new, _ in diffs.GUIDE}
     on_disk = {str(p.relative_to(ROOT)) for d in ("RL", "DPO") for p in (ROOT / d).glob("*.py")}
-    linked = {f"{d}/{m}.py" for d in ("RL", "DPO") for m in ("model", "answers", "frame")}
+    linked = {f"{d}/{m}.py" for d in ("RL", "DPO") for m in ("model", "answers", "frame", "flops")}
     assert on_disk - linked <= siblings
 
 

@@ -261,11 +261,11 @@ def test_mismatch(stages):
             ([4, 23, 9], [0, 1, 1], 0), ([5, 6, 15, 9], [0, 0, 1, 1], 0),
             ([1, 2, 3, 21, 22, 9], [0, 0, 0, 1, 1, 1], 0)]
     mixed = stages["DPO/kto"].mismatch(rows, 64, "here")
-    assert [ids for ids, *_ in mixed] == [
+    assert [list(ids) for ids, *_ in mixed] == [
         [1, 2, 3, 12, 13, 9], [4, 15, 9], [4, 15, 9], [5, 6, 21, 22, 9], [1, 2, 3, 12, 13, 9]]
-    assert [mask for _, mask, _ in mixed][:2] == [[0, 0, 0, 1, 1, 1], [0, 1, 1]]
-    assert stages["DPO/kto"].mismatch(rows, 5, "here")[0][:2] == (
-        [1, 2, 3, 12, 13], [0, 0, 0, 1, 1])
+    assert [list(mask) for _, mask, _ in mixed][:2] == [[0, 0, 0, 1, 1, 1], [0, 1, 1]]
+    assert [*map(list, stages["DPO/kto"].mismatch(rows, 5, "here")[0][:2])] == [
+        [1, 2, 3, 12, 13], [0, 0, 0, 1, 1]]
 
 
 def test_one_prompt_has_no_mismatch(stages, make, data, tmp_path, refuses):

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHARS, kernel, run, weights, write_rows
+from conftest import CHARS, DEVICE, kernel, run, weights, write_rows
 
 from answers import number
 from model import (GPT, GPTConfig, Tokenizer, encode_rows, generate, load, pad,
                    read_checkpoint, restore, sample_rows, sample_token, save, shift, uniforms,
                    verify)
 
+pytestmark = pytest.mark.usefixtures("on_device")
 LLAMA = dict(position="rope", norm="rms", mlp="swiglu", bias="none", n_kv_head=2, rope_factor=8.0,
              rope_context=16)
 SWITCHES = {
@@ -71,7 +72,7 @@ def slow(model, prompt, max_new, temperature, u):
 @pytest.mark.parametrize("switch", [s for s in SWITCHES if s != "gpt2"])
 def test_switches_do_something(switch, double):
     """Each one changes the function, and the parameters are those that it should have."""
-    ids = torch.randint(V, (2, T_MAX), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(V, (2, T_MAX), generator=torch.Generator(DEVICE).manual_seed(1))
     plain, model = tiny(), tiny(**SWITCHES[switch])
     assert not torch.allclose(plain(ids), model(ids))
     names = {n for n, _ in model.named_parameters()}
@@ -163,11 +164,11 @@ def test_head_under_autocast(fp32_head, keep, monkeypatch):
 
     def wide(x, weight, narrowed):
         assert narrowed is not fp32_head
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE, enabled=False):
             return F.linear(narrow(x), narrow(weight)) if narrowed else F.linear(x, weight)
 
     monkeypatch.setattr(kernel, "project", wide)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         ours = model.token_logprobs(hidden, targets, 0.7, chunk=3 * V, keep=keep)
     got = torch.autograd.grad(ours.sum(), [hidden, model.embed.weight])
     logits = F.linear(narrow(hidden), narrow(model.embed.weight)) / 0.7
@@ -185,7 +186,7 @@ def test_logits_under_autocast():
     torch.manual_seed(0)
     model, hidden = tiny(), torch.randn(2, 32)
     exact = hidden @ model.embed.weight.T
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         narrow = model.logits(hidden)
         model.fp32_head = True
         assert torch.equal(model.logits(hidden), exact)
@@ -260,7 +261,7 @@ def test_generate(switch, temperature, double):
         assert alone == [got[i]]
     rows = [p + c for p, c in zip(asked, got)]
     masks = [[0] * len(p) + [1] * len(c) for p, c in zip(asked, got)]
-    ids, targets, mask = shift(pad(rows, "cpu"), pad(masks, "cpu"))
+    ids, targets, mask = shift(pad(rows, DEVICE), pad(masks, DEVICE))
     with torch.no_grad():
         again = model(ids, targets, temperature or 1.0)
     for row, m, lp in zip(again, mask, logprobs):
@@ -272,7 +273,7 @@ def test_generate_in_fp32():
     model = tiny(**LLAMA)
     got, logprobs = generate(model, prompts(8), 10, END, 0.7, slots=3)
     rows = [(p + c, [0] * len(p) + [1] * len(c)) for p, c in zip(prompts(8), got)]
-    ids, targets, mask = shift(pad([r for r, _ in rows], "cpu"), pad([m for _, m in rows], "cpu"))
+    ids, targets, mask = shift(pad([r for r, _ in rows], DEVICE), pad([m for _, m in rows], DEVICE))
     again = model(ids, targets, 0.7)[mask == 1]
     assert torch.allclose(again, torch.tensor(sum(logprobs, [])), atol=1e-4)
     assert not torch.allclose(model(ids, targets)[mask == 1], again, atol=1e-2)
@@ -315,7 +316,7 @@ def test_sampled_frequencies(double):
     p = (model(torch.tensor([[1, 2]]))[0, -1] / 1.3).softmax(0)
     got, _ = generate(model, [[1, 2]] * 4000, 1, END, 1.3, slots=4000)
     share = np.bincount([c[0] for c in got], minlength=V) / 4000
-    assert np.abs(share - p.detach().numpy()).max() < 0.03
+    assert np.abs(share - p.tolist()).max() < 0.03
 
 
 def test_sample_token_never_takes_what_is_impossible():
@@ -472,7 +473,7 @@ def test_completion_mask(name, make, tmp_path):
     stage, cfg = make(name, data=tmp_path)
     model, tok, _ = load(cfg.init)
     assert tok.encode("\n") == [0]
-    ids, mask = stage.collate(stage.read(cfg, "rows.jsonl", tok, model), "cpu")
+    ids, mask = stage.collate(stage.read(cfg, "rows.jsonl", tok, model), DEVICE)
     x, targets, counted = shift(ids, mask)
     assert x.shape == targets.shape == counted.shape == (3, ids.shape[1] - 1)
     wanted = ["<think>1+1=2</think><answer>2</answer><|end|>", "\n\n<|end|>", "b<|end|>dd<|end|>"]

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, STAGES, kernel
+from conftest import DEVICE, PAIRS, STAGES, kernel
 
-pytestmark = pytest.mark.usefixtures("double")
+pytestmark = pytest.mark.usefixtures("double", "on_device")
 EPS = 0.2
 
 
@@ -178,13 +178,13 @@ def test_score_is_of_the_last_real_token(stages):
     torch.nn.init.normal_(model.embed.weight)
     scorer = stages["06_reward"].RewardModel(model)
     rows = [([1, 2, 3, 4, 5, 9], [0, 0, 1, 1, 1, 1]), ([1, 7, 9], [0, 1, 1]), ([4, 9], [0, 1])]
-    ids, mask = kernel.pad([r for r, _ in rows], "cpu"), kernel.pad([m for _, m in rows], "cpu")
+    ids, mask = (kernel.pad([row[i] for row in rows], DEVICE) for i in (0, 1))
     scores = scorer(ids, mask)
     for (row, m), score in zip(rows, scores):
         alone = scorer(torch.tensor([row]), torch.tensor([m]))
         by_hand = scorer.head(model.forward_hidden(torch.tensor([row]))[0, -1])
         assert torch.allclose(alone, score) and torch.allclose(by_hand, score)
-    full = kernel.pad([r for r, _ in rows], "cpu", fill=9)
+    full = kernel.pad([r for r, _ in rows], DEVICE, fill=9)
     assert torch.allclose(scorer(full, mask), scores, rtol=1e-12)
     ids[1, 2] = 5
     assert abs(scorer(ids, mask)[1] - scores[1]) > 1e-6
@@ -238,7 +238,7 @@ def test_gae_against_a_loop(stages, gamma, lam):
     advantages, returns = stages["05_ppo"].gae(rewards.masked_fill(mask == 0, 1e9),
                                                values.masked_fill(mask == 0, 1e9), mask, gamma, lam)
     for i in range(6):
-        at = np.flatnonzero(mask[i].numpy())
+        at = np.flatnonzero(mask[i].tolist())
         r, v = rewards[i, at].tolist(), values[i, at].tolist() + [0.0]
         for t in range(len(at)):
             expected = sum((gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k])

@@ -167,7 +167,7 @@ def commands(said):
     return [(line[i], line[i + 1:]) for line, i in zip(lines, split)]
 
 
-@pytest.mark.parametrize("recipe, parameters", [("124m", 124.5), ("406m", 406.4)])
+@pytest.mark.parametrize("recipe, parameters", [("60m", 57.8), ("124m", 124.5), ("406m", 406.4)])
 def test_dry_run(recipe, parameters, stages, monkeypatch):
     """Every command has its estimate, and flags that its script knows; the model has the size that
     the recipe is called by; the rows of a step come out even on 1 to 24 GPUs."""
@@ -226,8 +226,32 @@ def test_recipe(stages, sources, bpe, tmp_path, monkeypatch, script):
     assert {"results.json", "rl.png"} <= {path.name for path in (tmp_path / "out/406m").iterdir()}
 
 
+def figures(said):
+    """GB of the largest command, hours in all."""
+    return (max(map(float, re.findall(r"(\d+) GB a GPU", said))),
+            float(re.search(r"in all ([\d.]+) h", said)[1]))
+
+
+def test_dry_run_of_named_cards():
+    """The card stands in the first line, and in the figures; 60m fits 16 GB and is a matter of
+    hours; what does not fit is said."""
+    ours = dry_run("60m", "--gpus", "1", "--gpu", "rtx 4090")
+    assert "for RTX 4090 (165.2 TFLOP/s" in ours and "not measured" in ours and "assumed" in ours
+    assert figures(ours)[0] < 16 and 1 < figures(ours)[1] < 8
+    slower = dry_run("60m", "--gpus", "1", "--gpu", "3090")
+    assert figures(slower)[1] > 1.5 * figures(ours)[1]
+    two = dry_run("60m", "--gpu", "4090", "--gpus", "2")
+    assert "--nproc_per_node=2" in two and figures(two)[1] < 0.7 * figures(ours)[1]
+    assert "more than it has" not in ours
+    assert "more than it has: lower --micro_batch" in dry_run("406m", "--gpus", "1", "--gpu", "l4")
+
+
 def test_run_sh_without_a_gpu(tmp_path):
     """One line, before anything is prepared. (The tests install nothing: .venv is there.)"""
-    for args, said in (["406m", "--dry"], "unknown argument --dry"), (["--dry_run"], "124m and"):
+    for args, said in (["406m", "--dry"], "unknown argument --dry"), (["--dry_run"], "124m and"), (
+            ["60m", "--gpu", "l4"], "are for --dry_run"), (
+            ["60m", "--dry_run", "--gpus", "5"], "wants 1, 2,"), (
+            ["60m", "--dry_run", "--gpu"], "--gpu wants a name"), (
+            ["60m", "--dry_run", "--gpu", "Radeon"], "known are H200, H100"):
         out = subprocess.run(["bash", "run.sh", *args], cwd=ROOT, text=True, capture_output=True)
         assert out.returncode == 2 and out.stderr.count("\n") == 1 and said in out.stderr

@@ -326,6 +326,6 @@ def test_seconds_of_a_step_in_old_records_and_new_ones():
 
 
 def test_estimate_of_no_command():
-    done = subprocess.run([sys.executable, str(ROOT / "bench/estimate.py")], input="ls -l\n",
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "bench/estimate.py"), "--gpu", "l4"],
+                          input="ls -l\n", capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'ls -l'" in done.stderr
