@@ -88,7 +88,7 @@ def main(cfg):
     vocab_size = -(-tokenizer.vocab_size // 64) * 64 if tokenizer.vocab_size > 1024 else \
         tokenizer.vocab_size                           # large tables are faster at multiples of 64
     model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).to(device)
-    ddp = wrap(model)
+    ddp = wrap(model, ragged=False)
     optimizers = make_optimizers([model], cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay)
     first, log = resume(cfg, {"model": model}, optimizers, tokens=len(train))
 

@@ -7,8 +7,8 @@
 
 model.py hands all of it on: a script imports model.py alone.
 """
-import argparse, atexit, ctypes, errno, fcntl, hashlib, inspect, json, math, os, re, shutil, signal
-import sys, threading, time
+import argparse, atexit, ctypes, errno, fcntl, hashlib, inspect, json, math, os, re, select, shutil
+import signal, sys, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 
@@ -21,11 +21,36 @@ def last_words(kind, error, trace):
     said = f"{kind.__name__}: {error}"
     if issubclass(kind, KeyboardInterrupt):
         raise SystemExit(130)
+    if issubclass(kind, BrokenPipeError) and not has_reader():        # | head: as other programs
+        to_nobody()
+        raise SystemExit(141)
     if no_memory(error):
         fail(f"out of memory: {needs_less_memory()}; what is on disk is intact")
-    if re.search(r"DistBackendError|gloo|onnection (closed|reset|refused)|Broken pipe", said):
+    if os.environ.get("WORLD_SIZE", "1") != "1" and re.search(
+            r"DistBackendError|gloo|onnection (closed|reset|refused)|Broken pipe", said):
         fail("another rank has left: its own line says why; the same command continues")
     sys.__excepthook__(kind, error, trace)
+
+
+def has_reader():
+    """Whether whoever reads our stdout is still there."""
+    poll = select.poll()
+    poll.register(1, 0)                             # only what is always told: an error, an end
+    return not poll.poll(0)
+
+
+def to_nobody():
+    """From here on stdout leads nowhere: what waits in its buffer would raise at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@atexit.register
+def last_lines():
+    try:
+        if sys.stdout and not sys.stdout.closed:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        to_nobody()
 
 
 known_flags = {}       # of the script at hand, when its command line has been read
@@ -94,7 +119,7 @@ def say(text):
         try:
             print(text, flush=True)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            to_nobody()
 
 
 def cannot_read(path, error, made_by=""):
@@ -371,9 +396,16 @@ def pick_device(device, local=0, world=1):
         fail(f"--device {device}: this machine has {', '.join(there)} (auto picks one)")
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        # cuDNN's attention plans anew for each batch and key length, and generation has many.
+        # Torch prefers cuDNN's attention on newer cards, and that plans anew for each batch and key
+        # length: generation would wait for it in nearly every step.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def has_bf16():
+    """Whether this CUDA card multiplies bf16 itself. One before Ampere (T4, V100) only emulates it,
+    slower than fp32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def interrupt(*_):

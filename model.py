@@ -26,7 +26,7 @@ from decimal import Decimal
 from frame import (FIRST, ON_CTRL_C, RANGES, SWITCHES, Log, Parser, Progress,  # noqa: F401
                    all_agree, all_max, all_sum, append, begin, believing, cannot_read, cannot_write,
                    check_ranges, claim, cli, command_for, diverged, fail, file_hashes,
-                   init_distributed, interrupt, interrupted, last_words, parse_json,
+                   has_bf16, init_distributed, interrupt, interrupted, last_words, parse_json,
                    pick_device, read_bytes, read_json, release, say, script_of, setup,
                    speaks, to_width, write_text)
 from answers import right
@@ -302,9 +302,11 @@ def at_least_fp32(x):
 
 
 def autocast(device):
-    """bf16 matrix products on CUDA, and where --bf16 asks for them; never in the float64 tests."""
+    """bf16 matrix products on CUDA cards that have them, and where --bf16 asks for them; never in
+    the float64 tests."""
     kind = torch.device(device).type
-    use = (kind == "cuda" or SWITCHES["bf16"]) and torch.get_default_dtype() == torch.float32
+    use = (SWITCHES["bf16"] or kind == "cuda" and has_bf16()) and (
+        torch.get_default_dtype() == torch.float32)
     return torch.autocast(kind, torch.bfloat16) if use else nullcontext()
 
 
@@ -835,12 +837,11 @@ def scan_tokens(path, ids, vocab_size):
 
 
 def pad(rows, device, fill=0):
-    """Ragged lists or arrays -> (B, T), right-padded. Attention is causal, so padding on the right
-    is never seen by a real token, and masks come from lengths: a pad may then equal any id."""
-    out = np.full((len(rows), max(map(len, rows))), fill, np.int64)
-    for place, row in zip(out, rows):
-        place[: len(row)] = row
-    return torch.from_numpy(out).to(device)
+    """Ragged lists or arrays -> (B, T), right-padded; whole numbers stay whole, others do not
+    become it. Attention is causal, so padding on the right is never seen by a real token, and masks
+    come from lengths: a pad may then equal any id."""
+    T = max(len(r) for r in rows)
+    return torch.tensor([list(r) + [fill] * (T - len(r)) for r in rows], device=device)
 
 
 def shift(ids, completion_mask):
@@ -933,19 +934,23 @@ def make_optimizers(modules, lr, muon_lr=0.0, weight_decay=0.0, betas=(0.9, 0.95
 # ---------------------------------------------------------------------------- scale
 
 
-def wrap(module):
+def wrap(module, ragged=True):
     """What the training forward calls: call it, not the module. The raw module trains without
     gradient sync, silently. DistributedDataParallel, or with --fsdp the module itself, its
     weights sharded in place. Make the optimizers afterwards. What has no gradient is not reduced.
+    `ragged`: rows of many lengths, for which one graph is compiled; else one for the shape that
+    comes first, and a second that takes the others.
     """
     for gpt in [m for m in module.modules() if isinstance(m, GPT)]:
         gpt.checkpointing = bool(SWITCHES["checkpointing"])
         for block in gpt.blocks if SWITCHES["compile"] else ():
-            block.forward = torch.compile(block.forward, dynamic=True)     # no name changes
+            block.forward = torch.compile(                  # no name changes
+                block.forward, dynamic=True if ragged else None)
     if dist.is_initialized() and SWITCHES["fsdp"]:
         return shard(module)
     if dist.is_initialized() and any(p.requires_grad for p in module.parameters()):
-        return nn.parallel.DistributedDataParallel(module)
+        return nn.parallel.DistributedDataParallel(      # all ranks have equal buffers: RoPE's angles
+            module, broadcast_buffers=False, gradient_as_bucket_view=True)
     return module
 
 

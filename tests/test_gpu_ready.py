@@ -76,7 +76,14 @@ def test_what_is_packed():
         assert kernel.packed(*item)[:len(item)] == item and type(kernel.packed(*item)[0]) is list
 
 
-@pytest.mark.parametrize("kind", [list, lambda x: array("i", x), lambda x: np.array(x, np.uint16)])
+def test_pad_keeps_what_is_no_whole_number(double):
+    """The sampler's log-probs go through the same door as ids."""
+    rows = [[-0.25], [-1.5, -2.75]]
+    assert kernel.pad(rows, "cpu").tolist() == [[-0.25, 0.0], [-1.5, -2.75]]
+    assert kernel.pad(rows, "cpu").dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", [list, lambda x: array("i", x)])
 def test_pad(kind):
     padded = kernel.pad([kind([3, 40000]), kind([1]), kind([7, 8, 9])], "cpu", fill=-1)
     assert padded.dtype == torch.int64
