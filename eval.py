@@ -14,9 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from model import (Parser, Progress, at_least_fp32, autocast, check_ranges, claim, cannot_write,
-                   encode_rows, fail, file_hashes, generate, init_distributed, load, load_strict,
-                   missing, pad, read_checkpoint, read_rows, read_tokens, say, shift, split, turns,
-                   verify, write_text)
+                   encode_rows, fail, file_hashes, generate, in_words, init_distributed, load,
+                   load_strict, missing, pad, read_checkpoint, read_rows, read_tokens, say, shift,
+                   split, turns, verify, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -382,7 +382,7 @@ def attempt(args, what, do, *given):
         if args.world > 1 or getattr(e, "code", 2) != 2:
             raise
         if not isinstance(e, SystemExit):
-            print(f"error: {what}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+            print(f"error: {what}: {in_words(e)}", file=sys.stderr, flush=True)
 
 
 def judged(args, stage, part):

@@ -25,7 +25,7 @@ def last_words(kind, error, trace):
         to_nobody()
         raise SystemExit(141)
     if no_memory(error):
-        fail(f"out of memory: {needs_less_memory()}; what is on disk is intact")
+        fail(f"{in_words(error)}; what is on disk is intact")
     if os.environ.get("WORLD_SIZE", "1") != "1" and re.search(
             r"DistBackendError|gloo|onnection (closed|reset|refused)|Broken pipe", said):
         fail("another rank has left: its own line says why; the same command continues")
@@ -70,8 +70,14 @@ def needs_less_memory():
     if "--micro_batch" in lower and "--batch_size" in lower:
         lower.remove("--batch_size")                # an optimizer's step: nothing of it waits
     other = ("--checkpointing 1" if "checkpointing" in known_flags else
-             "--device cpu" if "device" in known_flags else "a machine with more")
+             "--device cpu" if pick_device.picked not in ("", "cpu") else "a machine with more")
     return f"lower {' or '.join(lower)}, or use {other}" if lower else f"use {other}"
+
+
+def in_words(error):
+    """Any exception in one line."""
+    return (f"out of memory: {needs_less_memory()}" if no_memory(error) else
+            " ".join(f"{type(error).__name__}: {error}".split()))
 
 
 sys.excepthook = last_words
@@ -399,7 +405,11 @@ def pick_device(device, local=0, world=1):
         # Torch prefers cuDNN's attention on newer cards, and that plans anew for each batch and key
         # length: generation would wait for it in nearly every step.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    pick_device.picked = device
     return device
+
+
+pick_device.picked = ""
 
 
 def has_bf16():

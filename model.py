@@ -26,8 +26,8 @@ from decimal import Decimal
 from frame import (FIRST, ON_CTRL_C, RANGES, SWITCHES, Log, Parser, Progress,  # noqa: F401
                    all_agree, all_max, all_sum, append, begin, believing, cannot_read, cannot_write,
                    check_ranges, claim, cli, command_for, diverged, fail, file_hashes,
-                   has_bf16, init_distributed, interrupt, interrupted, last_words, parse_json,
-                   pick_device, read_bytes, read_json, release, say, script_of, setup,
+                   has_bf16, in_words, init_distributed, interrupt, interrupted, last_words,
+                   parse_json, pick_device, read_bytes, read_json, release, say, script_of, setup,
                    speaks, to_width, write_text)
 from answers import right
 import numpy as np
@@ -949,7 +949,7 @@ def wrap(module, ragged=True):
     if dist.is_initialized() and SWITCHES["fsdp"]:
         return shard(module)
     if dist.is_initialized() and any(p.requires_grad for p in module.parameters()):
-        return nn.parallel.DistributedDataParallel(      # all ranks have equal buffers: RoPE's angles
+        return nn.parallel.DistributedDataParallel(          # buffers are RoPE's angles: equal
             module, broadcast_buffers=False, gradient_as_bucket_view=True)
     return module
 

@@ -333,6 +333,23 @@ def short_of_memory(error, calls, argv):
 
 
 @pytest.mark.parametrize("error", ERRORS)
+def test_words_for_no_memory(error):
+    """Whoever has none, and however it is said; and not what only looks like it."""
+    with pytest.raises(Exception) as e:
+        raise eval(ERRORS[error], {"torch": torch, "numpy_error": no_room})
+    assert frame.no_memory(e.value)
+    for other in (ValueError("the memory of a cat"), RuntimeError("CUDA error: unknown error")):
+        assert not frame.no_memory(other)
+
+
+def no_room():
+    try:
+        np.empty(2 ** 50)
+    except MemoryError as e:
+        return e
+
+
+@pytest.mark.parametrize("error", ["cuda", "host"])
 def test_out_of_memory(error, make, tmp_path):
     """In the third step: one line, exit code 2, and the state of the second is there. The same
     command with half of the micro-batch goes on from it, to the end."""
@@ -364,7 +381,112 @@ def test_what_to_lower(name, make):
 def test_chat_out_of_memory(chain):
     done = short_of_memory("cuda", 0, ["chat.py", f"{chain}/02_cot.pt", "--prompt", "1+1=?"])
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "out of memory: lower --max_new, or use --device cpu; what" in done.stderr
+    assert "out of memory: lower --max_new, or use a machine with more; what" in done.stderr
+
+
+def test_eval_out_of_memory(chain, data, tmp_path):
+    """One line for each part that found no memory, though torch says several."""
+    done = short_of_memory("cuda", 0, ["eval.py", f"{chain}/02_cot.pt", "--data", str(data),
+                                       "--out", str(tmp_path)])
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) > 1, done.stderr
+    assert all(line.startswith("error: ") for line in lines), done.stderr
+    assert any("out of memory: lower --max_new or --window" in line for line in lines), lines
+
+
+def test_convert_out_of_memory(chain, tmp_path):
+    """The checkpoint stays, and the folder holds nothing that looks whole."""
+    text = LATER.replace("model.GPT.forward_hidden = short", "torch.Tensor.to = short").replace(
+        "forward = [], model.GPT.forward_hidden", "forward = [], torch.Tensor.to").format(
+        root=str(ROOT), error=ERRORS["host"], calls=0,
+        argv=["convert.py", f"{chain}/02_cot.pt", f"{tmp_path}/hf"])
+    before = (chain / "02_cot.pt").read_bytes()
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "out of memory" in done.stderr and "machine with more" in done.stderr
+    assert (chain / "02_cot.pt").read_bytes() == before and not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("picked, kind", [
+    ("cuda:0", "--device cpu"), ("cpu", "a machine with more"), ("", "a machine with more")])
+def test_another_device(picked, kind, monkeypatch):
+    """Who is on a CPU already is not sent there."""
+    monkeypatch.setattr(frame.pick_device, "picked", picked)
+    monkeypatch.setattr(frame, "known_flags", {"max_new": 1, "device": "auto"})
+    assert frame.needs_less_memory() == f"lower --max_new, or use {kind}"
+
+
+# ---------------------------------------------------------------------------- who is gone
+
+def program(body, env=(), **how):
+    text = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport model\n{body}"
+    return subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONUNBUFFERED": ""} | dict(env), **how)
+
+
+@pytest.mark.parametrize("body, code", [
+    ("for i in range(10 ** 7): print(i, flush=True)", 141),      # while it works
+    ("sys.stdin.read(); print(1)", 0)])                          # at its end, from the buffer
+def test_a_reader_that_left(body, code):
+    """Silent, as other programs are: it says nothing of ranks, and shows no traceback."""
+    with program(body, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as done:
+        if code:
+            assert done.stdout.readline() == "0\n"
+        done.stdout.close()
+        done.stdin.close()
+        assert done.stderr.read() == "" and done.wait() == code
+
+
+@pytest.mark.parametrize("world, said", [("1", "Traceback"), ("2", "error: another rank has left")])
+def test_another_connection(world, said):
+    """Of a lost rank is spoken where there are ranks; a broken pipe that is not stdout is shown."""
+    for error in ("ConnectionResetError('Connection reset by peer')",
+                  "BrokenPipeError(32, 'Broken pipe')"):
+        with program(f"raise {error}", {"WORLD_SIZE": world}, stdout=subprocess.DEVNULL) as done:
+            assert done.stderr.read().startswith(said) and done.wait() == (1 if world == "1" else 2)
+
+
+# ---------------------------------------------------------------------------- bf16, DDP, compile
+
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_by_capability(able, monkeypatch):
+    """A card that only emulates bf16 computes in fp32, unless --bf16 asks for it."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: asked.append(including_emulation) or able)
+    bf16 = lambda: isinstance(kernel.autocast("cuda"), torch.autocast)
+    assert bf16() is able and asked == [False]
+    monkeypatch.setitem(kernel.SWITCHES, "bf16", 1)
+    assert bf16()
+    assert isinstance(kernel.autocast("cpu"), torch.autocast)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+    assert not bf16()
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_wrap(ragged, monkeypatch):
+    """DDP sends no buffers and keeps each gradient once; shapes are compiled as they come where
+    they stay the same."""
+    ddp, compiled = [], []
+    monkeypatch.setattr(kernel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(kernel.nn.parallel, "DistributedDataParallel",
+                        lambda module, **how: ddp.append(how) or module)
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(how) or f)
+    monkeypatch.setitem(kernel.SWITCHES, "compile", 1)
+    model = kernel.GPT(kernel.GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=1, n_embd=8))
+    kernel.wrap(model, ragged=ragged)
+    assert ddp == [{"broadcast_buffers": False, "gradient_as_bucket_view": True}]
+    assert compiled == [{"dynamic": True if ragged else None}] * 2
+
+
+def test_who_says_that_shapes_stay(stages, make, monkeypatch):
+    """00 alone: its windows are equally long."""
+    for name in ("00_pretrain", "01_sft"):
+        said, wrap = [], kernel.wrap
+        monkeypatch.setattr(stages[name], "wrap",
+                            lambda m, **how: said.append(how) or wrap(m, **how))
+        run(*make(name, steps=1))
+        assert said == [{"ragged": False} if name == "00_pretrain" else {}]
 
 
 @pytest.mark.parametrize("error", ["cuda", "host"])
