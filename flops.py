@@ -40,8 +40,8 @@ def matrices(shape):
 def flops(shape, length, head=True):
     """Of one token's forward pass, in a row of `length` tokens: 2 for each weight (a product and a
     sum), and attention to length / 2 tokens, as many as stand before it on the average, once for
-    q k and once for p v. A training step takes 3 times that: the backward pass twice. Norms, the softmax
-    and what the optimizer does are left out, and whatever is computed twice."""
+    q k and once for p v. A training step takes 3 times that: the backward pass twice. Norms, the
+    softmax and what the optimizer does are left out, and whatever is computed twice."""
     blocks, table = matrices(shape)
     wide = shape["n_head"] * (shape.get("head_dim") or shape["n_embd"] // shape["n_head"])
     attention = shape["n_layer"] * 2 * wide * length

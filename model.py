@@ -943,9 +943,8 @@ def wrap(module, ragged=True):
     """
     for gpt in [m for m in module.modules() if isinstance(m, GPT)]:
         gpt.checkpointing = bool(SWITCHES["checkpointing"])
-        for block in gpt.blocks if SWITCHES["compile"] else ():
-            block.forward = torch.compile(                  # no name changes
-                block.forward, dynamic=True if ragged else None)
+        for block in gpt.blocks if SWITCHES["compile"] else ():        # no name changes
+            block.forward = torch.compile(block.forward, dynamic=ragged or None)
     if dist.is_initialized() and SWITCHES["fsdp"]:
         return shard(module)
     if dist.is_initialized() and any(p.requires_grad for p in module.parameters()):

@@ -856,11 +856,12 @@ put("checkpointing-dropped", "--checkpointing changes nothing", "model.py",
     "scale.py::test_checkpointing[00_pretrain]")
 
 put("compiled-by-length", "every length of a batch is compiled anew", "model.py",
-    "torch.compile(block.forward, dynamic=True)", "torch.compile(block.forward, dynamic=False)",
+    "torch.compile(block.forward, dynamic=ragged or None)",
+    "torch.compile(block.forward, dynamic=False)",
     "scale.py::test_compile")
 
 put("compiled-names", "compiled blocks are saved under names that only compiled blocks load",
-    "model.py", "block.forward = torch.compile(block.forward, dynamic=True)",
+    "model.py", "block.forward = torch.compile(block.forward, dynamic=ragged or None)",
     "gpt.blocks[list(gpt.blocks).index(block)] = torch.compile(block, dynamic=True)",
     "scale.py::test_compile")
 
