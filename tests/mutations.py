@@ -1233,6 +1233,52 @@ put("costs-decode", "each row of a decode step reads all weights by itself", "be
     "4 * (blocks(s) + head(s)) + 8 * rows", "4 * rows * (blocks(s) + head(s)) + 8 * rows",
     "bench.py::test_costs_by_hand")
 
+# ---------------------------------------------------------------------------- ready for a GPU
+
+put("rows-as-lists", "each token of a row is a Python number: 48 bytes instead of 5", "model.py",
+    "return array(\"i\", ids), array(\"b\", mask), *rest", "return ids, mask, *rest",
+    "gpu_ready.py::test_bytes_a_token[03_dpo]")
+
+put("pad-with-zero", "padding is 0 whatever was asked for: targets there count", "model.py",
+    "max(map(len, rows))), fill, np.int64)", "max(map(len, rows))), 0, np.int64)",
+    "gpu_ready.py::test_pad")
+
+put("mfu-of-one-card", "the speed of all ranks beside the peak of one", "frame.py",
+    "(dist.get_world_size() if dist.is_initialized() else 1) * known[0]", "known[0]",
+    "gpu_ready.py::test_mfu")
+
+put("mfu-without-backward", "the backward pass is not counted", "frame.py",
+    "work = 3 * flops(", "work = 1 * flops(", "gpu_ready.py::test_mfu")
+
+put("mfu-of-a-head-not-computed", "prompts count as if they went through the head", "frame.py",
+    "head=self.name[:2] == \"00\"", "head=True", "gpu_ready.py::test_mfu")
+
+put("mfu-of-a-like-name", "a laptop's card has the peak of the desktop's", "flops.py",
+    "CARDS.get(name.replace(\"NVIDIA\", \"\").replace(\"GeForce\", \"\").strip())",
+    "next((x for k, x in CARDS.items() if k in name), None)", "gpu_ready.py::test_cards")
+
+put("attention-both-halves", "attention's masked half counts", "flops.py",
+    "* 2 * wide * length", "* 4 * wide * length", "gpu_ready.py::test_flops")
+
+put("cudnn-attention", "cuDNN plans its attention anew for each key length", "frame.py",
+    "enable_cudnn_sdp(False)", "enable_cudnn_sdp(True)", "gpu_ready.py::test_settings_of_cuda")
+
+put("no-memory-is-damage", "a good checkpoint is called none where memory ends", "frame.py",
+    "        if no_memory(e):\n            raise\n", "", "gpu_ready.py::test_no_room_is_no_damage")
+
+put("no-memory-no-place", "memory ends while saving: choose another place", "frame.py",
+    "    if no_memory(error):\n        fail(f\"out of memory while writing",
+    "    if False:\n        fail(f\"out of memory while writing",
+    "gpu_ready.py::test_no_room_to_write")
+
+put("no-memory-traceback", "CUDA's out of memory ends in a traceback", "frame.py",
+    "r\"(?i)MemoryError|OutOfMemory|bad_alloc|_ALLOC_FAILED|out of memory|\"",
+    "r\"(?i)MemoryError|\"", "gpu_ready.py::test_out_of_memory[mps]")
+
+put("estimate-of-one-gpu", "all GPUs together are as fast as one", "bench/estimate.py",
+    "operations / (gpus * peak * SHARE)", "operations / (peak * SHARE)",
+    "scale.py::test_dry_run_of_named_cards")
+
 # ---------------------------------------------------------------------------- without a mutation
 
 WITHOUT = {
