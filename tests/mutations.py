@@ -1239,8 +1239,13 @@ put("rows-as-lists", "each token of a row is a Python number: 48 bytes instead o
     "return array(\"i\", ids), array(\"b\", mask), *rest", "return ids, mask, *rest",
     "gpu_ready.py::test_bytes_a_token[03_dpo]")
 
+put("pad-cuts-fractions", "log-probs become whole numbers on their way to the trainer", "model.py",
+    "for r in rows], device=device)\n\n\ndef shift",
+    "for r in rows], device=device, dtype=torch.long)\n\n\ndef shift",
+    "gap.py::test_gap[04_rlvr]", "gpu_ready.py::test_pad_keeps_what_is_no_whole_number")
+
 put("pad-with-zero", "padding is 0 whatever was asked for: targets there count", "model.py",
-    "max(map(len, rows))), fill, np.int64)", "max(map(len, rows))), 0, np.int64)",
+    "list(r) + [fill] * (T - len(r))", "list(r) + [0] * (T - len(r))",
     "gpu_ready.py::test_pad")
 
 put("mfu-of-one-card", "the speed of all ranks beside the peak of one", "frame.py",
