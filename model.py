@@ -291,7 +291,7 @@ def project(x, weight, narrow):
         if not narrow:
             return F.linear(at_least_fp32(x), at_least_fp32(weight))
         x, weight = x.bfloat16(), weight.bfloat16()
-        if x.is_cuda:
+        if x.is_cuda and not torch.is_grad_enabled():       # this product has no derivative
             wide = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32)
             return wide.view(*x.shape[:-1], -1)
         return F.linear(x, weight).float()
