@@ -948,8 +948,7 @@ def wrap(module, ragged=True):
     if dist.is_initialized() and SWITCHES["fsdp"]:
         return shard(module)
     if dist.is_initialized() and any(p.requires_grad for p in module.parameters()):
-        return nn.parallel.DistributedDataParallel(          # buffers are RoPE's angles: equal
-            module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     return module
 
 

@@ -23,7 +23,7 @@ def first_step(make, monkeypatch):
         stage, cfg = make(name, steps=1, **changes)
         models, gradients, clip = [], {}, torch.nn.utils.clip_grad_norm_
 
-        def wrap(model):
+        def wrap(model, **_):
             if next(model.parameters()).requires_grad:             # else it is the reference
                 models.append((model, copy.deepcopy(model)))
             return model

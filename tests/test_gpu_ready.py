@@ -475,7 +475,7 @@ def test_wrap(ragged, monkeypatch):
     monkeypatch.setitem(kernel.SWITCHES, "compile", 1)
     model = kernel.GPT(kernel.GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=1, n_embd=8))
     kernel.wrap(model, ragged=ragged)
-    assert ddp == [{"broadcast_buffers": False, "gradient_as_bucket_view": True}]
+    assert ddp == [{"gradient_as_bucket_view": True}]
     assert compiled == [{"dynamic": True if ragged else None}] * 2
 
 
