@@ -9,8 +9,8 @@ stop() { echo "error: $1" >&2; exit 2; }
 file="${1:-requirements.txt}"
 [ -f "$file" ] || stop "$file is missing: name a file of requirements"
 for folder in RL DPO data; do
-  for file in model answers frame flops; do
-    [ -L $folder/$file.py ] || stop "$folder/$file.py is no symbolic link, so this \
+  for name in model answers frame flops; do
+    [ -L $folder/$name.py ] || stop "$folder/$name.py is no symbolic link, so this \
 checkout was made without them: git config core.symlinks true && git checkout -- $folder"
   done
 done

@@ -337,3 +337,10 @@ def test_side_by_side(job):
     run = start_python(["./run.sh"], job)
     assert run.wait(20) == 7 and (job / "a").exists() and (job / "a2").exists()
     assert not (job / "b").exists() and not (job / "c").exists()
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/installed-requirements.txt").exists(), reason="no .venv here")
+def test_install_is_done_once():
+    """Where the pins are installed, install.sh has nothing to do or say."""
+    done = subprocess.run(["./install.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
