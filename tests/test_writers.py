@@ -339,7 +339,7 @@ def test_side_by_side(job):
     assert not (job / "b").exists() and not (job / "c").exists()
 
 
-@pytest.mark.skipif(not (ROOT / ".venv/installed-requirements.txt").exists(), reason="no .venv here")
+@pytest.mark.skipif(not (ROOT / ".venv/installed-requirements.txt").exists(), reason="no .venv")
 def test_install_is_done_once():
     """Where the pins are installed, install.sh has nothing to do or say."""
     done = subprocess.run(["./install.sh"], cwd=ROOT, capture_output=True, text=True)
