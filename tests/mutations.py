@@ -1278,7 +1278,7 @@ put("no-memory-no-place", "memory ends while saving: choose another place", "fra
 
 put("no-memory-traceback", "CUDA's out of memory ends in a traceback", "frame.py",
     "r\"(?i)MemoryError|OutOfMemory|bad_alloc|_ALLOC_FAILED|out of memory|\"",
-    "r\"(?i)MemoryError|\"", "gpu_ready.py::test_out_of_memory[mps]")
+    "r\"(?i)MemoryError|\"", "gpu_ready.py::test_words_for_no_memory[mps]")
 
 put("estimate-of-one-gpu", "all GPUs together are as fast as one", "bench/estimate.py",
     "operations / (gpus * peak * SHARE)", "operations / (peak * SHARE)",

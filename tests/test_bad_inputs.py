@@ -135,7 +135,7 @@ for command, reason in [
         (RLVR + " --beta -0.1", "--beta must lie"), (RLVR + " --fsdp 1", "--fsdp 1 is not for RL"),
         (DPO + " --beta -0.5", "--beta must lie"), (DPO + " --beta 0", "--beta must lie"),
         (KTO + " --beta 0", "--beta must"), (KTO + " --lam_d 0", "--lam_d must"),
-        (KTO + " --batch_size 1", "--batch_size must lie"),
+        (KTO + " --batch_size 0", "--batch_size must lie"),
         (SIMPO + " --beta 0", "--beta must"), (SIMPO + " --gamma -1", "--gamma must lie"),
         (ORPO + " --lam -1", "--lam must lie"), (ORPO + " --lam nan", "--lam must lie"),
         (PPO + " --gamma 1.5", "--gamma must lie"), (PPO + " --lam 2", "--lam must lie"),
