@@ -29,7 +29,8 @@ class Config:
     out: str = "out/toy"        # folder for the checkpoint and the log
     steps: int = 500            # optimizer steps
     batch_size: int = 64        # rows a step, over all ranks
-    micro_batch: int = 16       # rows a rank holds at once
+    micro_batch: int = 64       # rows a rank holds at once, at most
+    micro_tokens: int = 1536    # tokens it holds at once, padding counted
     lr: float = 2e-3            # AdamW: embeddings, norms, biases
     muon_lr: float = 0.02       # Muon: the blocks' matrices; 0 gives them to AdamW
     weight_decay: float = 0.0   # of matrices, by AdamW and Muon; vectors never decay
@@ -92,7 +93,7 @@ def main(cfg):
 
     for step in range(first, cfg.steps):
         rows = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
-        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
+        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg)]
         metrics = update(cfg, step, ddp, optimizers, batches, objective)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             metrics |= evaluate(cfg, model, val, rank, world, device)
@@ -107,7 +108,7 @@ def main(cfg):
 def evaluate(cfg, model, val, rank, world, device):
     """Loss a completion token on the held-out rows, sharded over ranks."""
     total = Counter(loss=0.0, count=0)
-    for rows in by_length(val, cfg.micro_batch, rank, world):
+    for rows in by_length(val, cfg, rank, world):
         ids, targets, mask = shift(*collate(rows, device))
         with autocast(device):
             loss, count, _ = sft_loss(model(ids, targets), mask)

@@ -30,7 +30,8 @@ class Config:
     out: str = "out/toy"        # folder for the checkpoint and the log
     steps: int = 120            # optimizer steps
     batch_size: int = 32        # pairs a step, over all ranks
-    micro_batch: int = 16       # pairs a rank holds at once
+    micro_batch: int = 64       # pairs a rank holds at once, at most
+    micro_tokens: int = 1536    # tokens it holds at once, padding counted
     beta: float = 0.5           # strength of the KL constraint: larger stays closer
     lr: float = 3e-5            # AdamW's learning rate
     weight_decay: float = 0.0   # of matrices; vectors never decay
@@ -104,7 +105,7 @@ def main(cfg):
 
     for step in range(first, cfg.steps):
         rows = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
-        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
+        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg)]
         metrics = update(cfg, step, ddp, optimizers, batches, objective)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             metrics |= evaluate(cfg, model, objective, val, rank, world, device)
@@ -119,7 +120,7 @@ def main(cfg):
 def evaluate(cfg, model, objective, val, rank, world, device):
     """Loss, accuracy and margin on the held-out pairs, sharded over ranks."""
     total = Counter(loss=0.0, count=0, accuracy=0.0, margins=0.0)
-    for rows in by_length(val, cfg.micro_batch, rank, world):
+    for rows in by_length(val, cfg, rank, world):
         with autocast(device):
             loss, count, metrics = objective(*collate(rows, device), model)
         total.update(loss=float(loss), count=count, accuracy=float(metrics["accuracy"]),

@@ -40,7 +40,8 @@ class Config:
     batch_size: int = 256       # prompts a step, over all ranks, one completion each
     minibatches: int = 4        # optimizer steps a batch of rollouts
     epochs: int = 1             # passes over it
-    micro_batch: int = 16       # completions a rank holds at once
+    micro_batch: int = 64       # completions a rank holds at once, at most
+    micro_tokens: int = 1536    # tokens it holds at once, padding counted
     max_new: int = 100          # tokens of a completion, at most
     temperature: float = 1.0    # of the samples, and of every log-prob
     clip_eps: float = 0.2       # how far a ratio may move from 1
@@ -229,7 +230,7 @@ def main(cfg):
         rollouts, rewards, metrics = rollout(
             cfg, model, scorer, tokenizer, prompts[rank::world], step, rank, world)
         rows = [(*r, reward) for r, reward in zip(rollouts, rewards)]
-        minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
+        minibatches = [[prepare(b) for b in by_length(m, cfg)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
         metrics |= sampler_gap([b for m in minibatches for b in m])
         batches, done = [b for m in minibatches for b in m], Counter()

@@ -31,7 +31,8 @@ class Config:
     out: str = "out/toy"        # folder for the checkpoint and the log
     steps: int = 100            # optimizer steps
     batch_size: int = 32        # pairs a step, over all ranks
-    micro_batch: int = 16       # pairs a rank holds at once
+    micro_batch: int = 64       # pairs a rank holds at once, at most
+    micro_tokens: int = 1536    # tokens it holds at once, padding counted
     lr: float = 1e-3            # AdamW's learning rate
     weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 10            # steps until the full rate
@@ -120,7 +121,7 @@ def main(cfg):
 
     for step in range(first, cfg.steps):
         rows = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
-        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
+        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg)]
         metrics = update(cfg, step, ddp, optimizers, batches, objective)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             metrics |= evaluate(cfg, scorer, objective, val, rank, world, device)
@@ -136,7 +137,7 @@ def main(cfg):
 def evaluate(cfg, scorer, objective, val, rank, world, device):
     """Loss, accuracy, margin, the scores' mean and std on held-out pairs, sharded over ranks."""
     total = Counter(loss=0, count=0, margins=0, accuracy=0, score=0, score_square=0)
-    for rows in by_length(val, cfg.micro_batch, rank, world):
+    for rows in by_length(val, cfg, rank, world):
         with autocast(device):
             loss, count, metrics = objective(*collate(rows, device), scorer)
         total.update({k: float(v) for k, v in dict(metrics, loss=loss, count=count).items()})

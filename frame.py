@@ -258,6 +258,7 @@ RANGES = {
     "rope_high": "(0, 1e4]", "rope_context": "[1, 1e8]", "norm_eps": "(0, 1]",
     # Of the scripts:
     "steps": "[1, 1e9]", "batch_size": "[1, 1e6]", "micro_batch": "[1, 1e6]",
+    "micro_tokens": "[1, 1e9]",
     "eval_every": "[1, 1e9]", "save_every": "[1, 1e9]", "eval_rows": "[1, 1e9]",
     "warmup": "[0, 1e9]", "lr": "[0, 10]", "muon_lr": "[0, 10]", "weight_decay": "[0, 1]",
     "grad_clip": "[0, 1e9]", "seed": "[0, 4294967295]", "n_layer": "[1, 1000]",

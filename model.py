@@ -853,22 +853,52 @@ def shift(ids, completion_mask):
 
 def split(items, size, rank=0, world=1):
     """A list in pieces of `size`, the last one perhaps shorter. Of several ranks each gets its own
-    pieces. Every rank gets the same number of them: under FSDP2 one more forward on one rank would
-    wait for ever. So they are of about equal size, and of 2 where 1 does not come out even."""
+    pieces, of about equal size, and of 2 where 1 does not come out even."""
     if world == 1:
         return [items[i : i + size] for i in range(0, len(items), size)]
-    if len(items) < world and SWITCHES["fsdp"]:
-        fail(f"--fsdp 1: {len(items)} rows are fewer than {world} ranks")
-    n = min(-(-len(items) // (size * world)) * world, len(items) // world * world or len(items))
+    n = even(-(-len(items) // size), len(items), world)
     edges = [i * len(items) // n for i in range(n + 1)] if n else []
     return [items[a:b] for a, b in zip(edges, edges[1:])][rank::world]
 
 
-def by_length(rows, size, rank=0, world=1):
-    """As `split`, after sorting by length: rows of like length share a micro-batch, which leaves
-    little padding. For sums, which do not mind the order."""
-    longest = lambda row: max(len(ids) for ids, *_ in (row if isinstance(row[0], tuple) else [row]))
-    return split(sorted(rows, key=longest), size, rank, world)
+def even(n, rows, world):
+    """The number of pieces nearest to n of which every rank gets the same number: under FSDP2 one
+    more forward on one rank would wait for ever."""
+    if rows < world and SWITCHES["fsdp"]:
+        fail(f"--fsdp 1: {rows} rows are fewer than {world} ranks")
+    return min(-(-n // world) * world, rows // world * world or rows)
+
+
+def by_length(rows, cfg, rank=0, world=1):
+    """Rows sorted by length, in pieces of at most cfg.micro_batch rows and cfg.micro_tokens tokens,
+    padding counted; a row that is longer stands alone. They are cut where that leaves the least
+    padding, if a piece costs as much as 1/24 of a full one. For sums, which do not mind the
+    order."""
+    parts = lambda row: row if isinstance(row[0], tuple) else [row]            # a pair has two
+    longest = lambda row: max(len(ids) for ids, *_ in parts(row))
+    rows, held = sorted(rows, key=longest), [0]
+    cost, start = [0], [0]                  # of the first j rows; where the last of their pieces is
+    for j, row in enumerate(rows, 1):
+        held.append(held[-1] + len(parts(row)))
+        starts = range(max(0, j - cfg.micro_batch), j)
+        tokens = {i: (held[j] - held[i]) * longest(row) for i in starts}
+        fits = [i for i, n in tokens.items() if n <= cfg.micro_tokens] or [j - 1]
+        best = min(fits, key=lambda i: cost[i] + tokens[i])
+        start.append(best)
+        cost.append(cost[best] + tokens[best] + cfg.micro_tokens / 24)
+    pieces, j = [], len(rows)
+    while j:
+        pieces.insert(0, rows[start[j] : j])
+        j = start[j]
+    n = int(all_max(len(pieces))) if SWITCHES["fsdp"] else len(pieces)
+    n = even(n, len(rows), world)
+    while len(pieces) < n:                                    # the fullest one is halved
+        i = max(range(len(pieces)), key=lambda i: len(pieces[i]))
+        half = len(pieces[i]) // 2
+        pieces[i : i + 1] = [pieces[i][:half], pieces[i][half:]]
+    while len(pieces) > n:                                    # of the shortest rows
+        pieces[:2] = [pieces[0] + pieces[1]]
+    return pieces[rank::world]
 
 
 def sample_rows(n, k, seed, step):
@@ -1064,7 +1094,8 @@ def record_of(cfg):
     return {"stage": script_of(cfg), "config": asdict(cfg), "inputs": file_hashes}
 
 
-NEUTRAL = {"device", "micro_batch", "save_every"}     # leave the result unchanged (up to rounding)
+# Leave the result unchanged, up to rounding:
+NEUTRAL = {"device", "micro_batch", "micro_tokens", "save_every"}
 
 
 def differing(old, new):

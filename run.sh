@@ -61,7 +61,8 @@ trap 'leave 130' INT
 trap 'leave 143' TERM HUP
 
 # ---------------------------------------------------------------------------- on GPUs
-# Rows a step are divided among 1, 2, 3, 4, 6, 8, 12 or 24 GPUs; --micro_batch bounds the memory.
+# Rows a step are divided among 1, 2, 3, 4, 6, 8, 12 or 24 GPUs; --micro_batch and --micro_tokens
+# bound the memory.
 # Decay is for pretraining: the later rates are so small that 0.1 would take 0.3 % off a weight.
 
 stage() {
@@ -76,18 +77,18 @@ chain() {                        # text and its tokens, steps, rate and rows of 
   stage 00_pretrain --data $text ${*:6} --position learned --block_size 1024 --window 1024 \
     --steps $3 --batch_size 480 --micro_batch $5 --lr $4 --muon_lr 0 --weight_decay 0.1 \
     --warmup 300 --eval_every 250 --save_every 250 --compile 1
-  stage 01_sft $chat --init $out/00_pretrain.pt --steps 1100 --batch_size 192 --micro_batch 6 \
+  stage 01_sft $chat --init $out/00_pretrain.pt --steps 1100 --batch_size 192 --micro_tokens 6144 \
     --lr 5e-5 --muon_lr 0 --warmup 50
-  stage 02_cot $chat --init $out/01_sft.pt --steps 220 --batch_size 96 --micro_batch 6 \
+  stage 02_cot $chat --init $out/01_sft.pt --steps 220 --batch_size 96 --micro_tokens 6144 \
     --lr 5e-5 --muon_lr 0 --warmup 20
-  stage 06_reward $chat --init $out/02_cot.pt --steps 1100 --batch_size 192 --micro_batch 3 \
+  stage 06_reward $chat --init $out/02_cot.pt --steps 1100 --batch_size 192 --micro_tokens 6144 \
     --lr 1e-5 --warmup 100 --eval_every 200
-  stage 03_dpo $chat --init $out/02_cot.pt --steps 1100 --batch_size 192 --micro_batch 3 \
+  stage 03_dpo $chat --init $out/02_cot.pt --steps 1100 --batch_size 192 --micro_tokens 6144 \
     --beta 0.1 --lr 1e-6 --warmup 100 --eval_every 200
-  stage 04_rlvr $chat --init $out/02_cot.pt --steps 140 --batch_size 96 --micro_batch 12 \
+  stage 04_rlvr $chat --init $out/02_cot.pt --steps 140 --batch_size 96 --micro_tokens 6144 \
     --max_new 256 --lr 1e-6
   stage 05_ppo $chat --init $out/02_cot.pt --reward $out/06_reward.pt --steps 40 \
-    --batch_size 384 --micro_batch 12 --max_new 256 --lr 1e-6
+    --batch_size 384 --micro_tokens 6144 --max_new 256 --lr 1e-6
   stage eval $chat --max_new 256
   run $py report.py $out
 }

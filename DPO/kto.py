@@ -37,7 +37,8 @@ class Config:
     out: str = "out/toy"        # folder for the checkpoint and the log
     steps: int = 120            # optimizer steps
     batch_size: int = 64        # rows a step, over all ranks; a pair has two
-    micro_batch: int = 32       # rows a rank holds at once
+    micro_batch: int = 64       # rows a rank holds at once, at most
+    micro_tokens: int = 1536    # tokens it holds at once, padding counted
     beta: float = 0.5           # how soon value saturates away from the reference
     lam_d: float = 1.0          # weight of desirable rows
     lam_u: float = 1.0          # weight of undesirable rows
@@ -115,7 +116,7 @@ def baseline(cfg, model, ref, mixed, rank, world, device):
     """kl, over the rows of all ranks: how far the policy has moved on unrelated completions.
     (Matched rows were pushed, good and bad apart: their mean says nothing of that.)"""
     gap = 0.0
-    for b in by_length(mixed, cfg.micro_batch, rank, world):
+    for b in by_length(mixed, cfg, rank, world):
         ids, targets, mask = shift(*collate(b, device)[:2])
         with autocast(device):
             gap += float(((model(ids, targets) - ref(ids, targets)) * mask).sum())
@@ -149,7 +150,7 @@ def main(cfg):
         at = sample_rows(len(train), cfg.batch_size, cfg.seed, step)
         rows = [train[i] for i in at]
         kl = baseline(cfg, model, ref, [mixed[i] for i in at], rank, world, device)
-        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg.micro_batch)]
+        batches = [collate(b, device) for b in by_length(rows[rank::world], cfg)]
         metrics = update(cfg, step, ddp, optimizers, batches, partial(objective, kl)) | {"kl": kl}
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             kl = baseline(cfg, model, ref, val_mixed, rank, world, device)
@@ -165,7 +166,7 @@ def main(cfg):
 def evaluate(cfg, model, ref, kl, val, rank, world, device):
     """Loss and side of kl of the held-out rows; accuracy and margin of pairs among them."""
     total = Counter(loss=0.0, count=0, above=0.0, right=0, pairs=0, accuracy=0, margins=0.0)
-    for parts in by_length(val, max(1, cfg.micro_batch // 2), rank, world):
+    for parts in by_length(val, cfg, rank, world):
         ids, mask, desirable = collate(sum(parts, []), device)
         ids, targets, mask = shift(ids, mask)
         with autocast(device):

@@ -40,7 +40,8 @@ class Config:
     group_size: int = 8         # completions of each prompt
     minibatches: int = 4        # optimizer steps a batch of rollouts
     epochs: int = 1             # passes over it
-    micro_batch: int = 16       # completions a rank holds at once
+    micro_batch: int = 64       # completions a rank holds at once, at most
+    micro_tokens: int = 1536    # tokens it holds at once, padding counted
     max_new: int = 100          # tokens of a completion, at most
     overlong: int = 20          # the last tokens of these, which cost
     temperature: float = 1.0    # of the samples, and of every log-prob
@@ -196,7 +197,7 @@ def main(cfg):
         rewards = rewards + overlong_penalty(lengths, cfg.max_new, cfg.overlong)
         advantages = group_advantages(rewards).masked_fill(same, 0.0).flatten()
         rows = [(*r, a) for r, a in zip(rollouts, advantages)]
-        minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
+        minibatches = [[prepare(b) for b in by_length(m, cfg)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
         metrics |= sampler_gap([b for m in minibatches for b in m])
         done = Counter()

@@ -37,7 +37,8 @@ class Config:
     group_size: int = 8         # completions of each prompt
     minibatches: int = 4        # optimizer steps a batch of rollouts
     epochs: int = 1             # passes over it
-    micro_batch: int = 16       # completions a rank holds at once
+    micro_batch: int = 64       # completions a rank holds at once, at most
+    micro_tokens: int = 1536    # tokens it holds at once, padding counted
     max_new: int = 100          # tokens of a completion, at most
     temperature: float = 1.0    # of the samples, and of every log-prob
     clip_eps: float = 0.01      # of a mean, so small; the paper: 3e-4 below 1, 4e-4 above
@@ -165,7 +166,7 @@ def main(cfg):
             cfg, model, tokenizer, prompts[rank::world], step, rank, world)
         advantages = group_advantages(rewards).flatten()
         rows = [(*r, a) for r, a in zip(rollouts, advantages)]
-        minibatches = [[prepare(b) for b in by_length(m, cfg.micro_batch)]
+        minibatches = [[prepare(b) for b in by_length(m, cfg)]
                        for m in split(rows, len(rows) // cfg.minibatches)]
         metrics |= sampler_gap([b for m in minibatches for b in m])
         done = Counter()

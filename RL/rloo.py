@@ -16,9 +16,9 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from model import (all_sum, autocast, cli, diverged, encode_rows, generate, load, make_optimizers,
-                   pad, read_rows, resume, sample_rows, sampler_gap, save_checkpoint, setup, shift,
-                   split, verify, wrap)
+from model import (all_sum, autocast, by_length, cli, diverged, encode_rows, generate, load,
+                   make_optimizers, pad, read_rows, resume, sample_rows, sampler_gap,
+                   save_checkpoint, setup, shift, split, verify, wrap)
 import torch
 from torch import nn
 
@@ -37,7 +37,8 @@ class Config:
     group_size: int = 8         # completions of each prompt
     minibatches: int = 4        # optimizer steps a batch of rollouts
     epochs: int = 1             # passes over it
-    micro_batch: int = 16       # completions a rank holds at once
+    micro_batch: int = 64       # completions a rank holds at once, at most
+    micro_tokens: int = 1536    # tokens it holds at once, padding counted
     max_new: int = 100          # tokens of a completion, at most
     temperature: float = 1.0    # of the samples, and of every log-prob
     clip_eps: float = 0.2       # how far a ratio may move from 1
@@ -90,8 +91,10 @@ def rollout(cfg, model, tokenizer, prompts, step, rank, world):
 
 
 def collate(rows, device):
-    """[(ids, completion_mask, logprobs)] -> (B, T) thrice."""
-    return tuple(pad(part, device) for part in zip(*rows))
+    """[(ids, completion_mask, logprobs, number)] -> (B, T) thrice, (B,)."""
+    ids, masks, logprobs, numbers = zip(*rows)
+    return (pad(ids, device), pad(masks, device), pad(logprobs, device),
+            torch.tensor(numbers, device=device))
 
 
 # ---------------------------------------------------------------------------- loss
@@ -138,11 +141,11 @@ def main(cfg):
             return module(ids, targets, cfg.temperature)
 
     def prepare(rows):
-        ids, completion_mask, sampled = collate(rows, device)
+        ids, completion_mask, sampled, numbers = collate(rows, device)
         ids, targets, mask = shift(ids, completion_mask)
         old_logprobs = score(model, ids, targets)
         kl = (old_logprobs - score(ref, ids, targets)).sum(1)        # 0 off the completion
-        return ids, targets, sampled[:, 1:], old_logprobs, kl, mask
+        return ids, targets, sampled[:, 1:], old_logprobs, kl, mask, numbers
 
     def objective(ids, targets, _, *rest):
         return rloo_loss(ddp(ids, targets, cfg.temperature), *rest, cfg.clip_eps)
@@ -151,14 +154,15 @@ def main(cfg):
         prompts = [train[i] for i in sample_rows(len(train), cfg.batch_size, cfg.seed, step)]
         rollouts, rewards, metrics = rollout(
             cfg, model, tokenizer, prompts[rank::world], step, rank, world)
-        batches = [prepare(b) for m in split(rollouts, len(rollouts) // cfg.minibatches)
-                   for b in split(m, cfg.micro_batch)]
+        rows = [(*r, i) for i, r in enumerate(rollouts)]
+        minibatches = [[prepare(b) for b in by_length(m, cfg)]
+                       for m in split(rows, len(rows) // cfg.minibatches)]
+        batches = [b for m in minibatches for b in m]
         metrics |= sampler_gap(batches)
-        kl = torch.cat([b[4] for b in batches]).view(rewards.shape)
+        kl, numbers = (torch.cat([b[i] for b in batches]) for i in (4, 6))
+        kl = kl[numbers.argsort()].view(rewards.shape)      # by_length had sorted them
         advantages = rloo_advantages(rewards.to(device) - cfg.beta * kl).flatten()
-        parts = advantages.split([len(b[4]) for b in batches])
-        batches = [(*b[:4], a, b[5]) for b, a in zip(batches, parts)]
-        minibatches = split(batches, len(batches) // cfg.minibatches)
+        minibatches = [[(*b[:4], advantages[b[6]], b[5]) for b in m] for m in minibatches]
         metrics["kl"] = all_sum(kl=kl.sum())["kl"] / metrics["sampled_tokens"]
         done = Counter()
         for minibatch in minibatches * cfg.epochs:

@@ -80,11 +80,12 @@ def estimate(kind, cfg, model, gpus, peak):
     operations = tokens * work / 2 * flops(model, length)
     frozen = {"03": 1, "04": 1, "05": 2}.get(kind, 0)
     memory = whole * 4 * (4 + (gpus > 1) + frozen) + cache + 1e9        # 1 GB is CUDA's own
-    rows_at_once = cfg["micro_batch"] * sides * longest
-    memory += rows_at_once * C * L * SAVED
+    at_once = min(cfg["micro_batch"] * sides * longest, cfg.get("micro_tokens", math.inf))
+    memory += at_once * C * L * SAVED
     if kind != "06":                                        # which has a head of one row
-        memory += waiting(rows_at_once * model["vocab_size"])
-    passes = cfg["steps"] * max(1, rows / gpus / cfg["micro_batch"]) * work / 2
+        memory += waiting(at_once * model["vocab_size"])
+    pieces = max(rows / cfg["micro_batch"], rows * sides * length / at_once)
+    passes = cfg["steps"] * max(1, pieces / gpus) * work / 2
     train = max(operations / (gpus * peak * SHARE), passes * L * STEP)
     return tokens, memory, train + cfg["steps"] * seconds
 

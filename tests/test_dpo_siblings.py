@@ -248,7 +248,7 @@ def world_of(gains):
 
 
 def baseline(stages, rows, policy, ref, rank=0, world=1, micro_batch=4):
-    cfg, stage = SimpleNamespace(micro_batch=micro_batch), stages["DPO/kto"]
+    cfg, stage = SimpleNamespace(micro_batch=micro_batch, micro_tokens=999), stages["DPO/kto"]
     mixed = stage.mismatch(rows, 64, "here")
     return stage.baseline(cfg, policy, ref, mixed, rank, world, "cpu")
 
@@ -336,7 +336,7 @@ def test_kto_baseline_in_a_run(stages, make, monkeypatch, tmp_path):
         assert asked[step] in (trained[2 * step], trained[2 * step + 1])
         assert trained[2 * step] == trained[2 * step + 1]
     val = seen[12:]
-    assert len(val) == 9 and len(set(val)) == 1 and 18 <= val[0]             # 9 pairs, one by one
+    assert len(val) == 5 and len(set(val)) == 1 and 18 <= val[0]             # 9 pairs, two at a time
 
 
 # ---------------------------------------------------------------------------- KTO: its rows

@@ -289,6 +289,6 @@ def test_kto_baseline_of_two_ranks(stages, monkeypatch):
     stage, parts = stages["DPO/kto"], []
     monkeypatch.setattr(stage, "all_sum", lambda gap: parts.append(gap) or {
         "gap": 12 * sum(parts)})
-    cfg = SimpleNamespace(micro_batch=6)
+    cfg = SimpleNamespace(micro_batch=6, micro_tokens=999)
     kl = [stage.baseline(cfg, policy, ref, rows, rank, 2, "cpu") for rank in (0, 1)]
     assert parts == [-6, 18] and kl == [0, 12]

@@ -3,6 +3,8 @@ bf16 changes it by its rounding.
 
 And the recipes of run.sh: what --dry_run prints has flags that exist, and runs.
 """
+import itertools
+import random
 import re
 import shlex
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,10 +148,52 @@ def test_pieces_of_ranks(size, world):
                    for p in pieces for piece in p)
 
 
+@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("size, tokens", [(1, 10 ** 6), (4, 10 ** 6), (64, 90), (5, 120), (64, 1)])
+def test_pieces_by_length(sides, size, tokens):
+    """Every row once, sorted, within both bounds unless it stands alone; and no other cuts within
+    them are cheaper."""
+    rng, cfg = random.Random(0), SimpleNamespace(micro_batch=size, micro_tokens=tokens)
+    long = lambda row: len(row[0]) if sides == 1 else max(len(ids) for ids, _ in row)
+    computed = lambda piece: sides * len(piece) * max(map(long, piece))
+    fits = lambda piece: len(piece) <= size and (computed(piece) <= tokens or len(piece) == 1)
+    price = lambda pieces: sum(computed(piece) + tokens / 24 for piece in pieces)
+    for _ in range(3):
+        rows = [tuple((list(range(rng.randint(1, 40))), i) for _ in range(sides)) for i in range(9)]
+        rows = sorted(rows if sides == 2 else [row[0] for row in rows], key=long)
+        pieces = kernel.by_length(rng.sample(rows, 9), cfg)
+        assert [long(row) for piece in pieces for row in piece] == list(map(long, rows))
+        assert all(map(fits, pieces))
+        for cuts in itertools.product([0, 1], repeat=8):
+            edges = [0, *(i + 1 for i in range(8) if cuts[i]), 9]
+            other = [rows[a:b] for a, b in zip(edges, edges[1:])]
+            assert not all(map(fits, other)) or price(pieces) <= price(other)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_pieces_by_length_of_ranks(world, scale, monkeypatch):
+    """The same number on every rank, whether they share one list or hold one each (FSDP2)."""
+    rng, cfg = random.Random(world), SimpleNamespace(micro_batch=4, micro_tokens=60)
+    for n in range(world, 30):
+        rows = [([0] * rng.randint(1, 40), i) for i in range(n)]
+        pieces = [kernel.by_length(rows, cfg, rank, world) for rank in range(world)]
+        assert len({len(p) for p in pieces}) == 1 and all(map(all, pieces))
+        assert sorted(i for p in pieces for piece in p for _, i in piece) == list(range(n))
+    assert kernel.by_length([], cfg) == []
+    scale(fsdp=1)
+    monkeypatch.setattr(kernel, "all_max", lambda n: 9.0)              # another rank has more
+    pieces = kernel.by_length(rows, cfg)
+    assert len(pieces) == 9 and all(pieces)
+    assert sorted(i for piece in pieces for _, i in piece) == list(range(n))
+
+
 def test_fewer_rows_than_ranks(scale, refuses):
     assert [kernel.split([7, 8], 4, rank, 3) for rank in range(3)] == [[[7]], [[8]], []]
     scale(fsdp=1)
-    refuses(lambda: kernel.split([7, 8], 4, 0, 3), "--fsdp 1: 2 rows are fewer than 3 ranks")
+    cfg = SimpleNamespace(micro_batch=4, micro_tokens=99)
+    for pieces in (lambda: kernel.split([7, 8], 4, 0, 3),
+                   lambda: kernel.by_length([([1], 1), ([2], 1)], cfg, 0, 3)):
+        refuses(pieces, "--fsdp 1: 2 rows are fewer than 3 ranks")
 
 
 # ---------------------------------------------------------------------------- the recipes of run.sh
