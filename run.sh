@@ -123,23 +123,31 @@ fi
 
 # ---------------------------------------------------------------------------- on a CPU
 
-# Stages that do not need each other run side by side, with half of the threads each.
+# Two cores do more as two processes of one thread each than as one of two: so a stage runs on two
+# ranks, or beside one that does not need it.
 
 started=$(date +%s)
-at="--out $out --seed $seed"
 cores=$(getconf _NPROCESSORS_ONLN) ranks=2
 [ "$cores" -gt 1 ] || ranks=1
-half() { OMP_NUM_THREADS=$(( cores / ranks )) run "$@" $at; }
-judged() { half $py 06_reward.py --init $out/02_cot.pt
-           half $py 05_ppo.py --init $out/02_cot.pt --reward $out/06_reward.pt; }
-others() { half $py 03_dpo.py --init $out/02_cot.pt
-           half $py 04_rlvr.py --init $out/02_cot.pt; }
+half() { OMP_NUM_THREADS=$(( cores / ranks )) run $py "$@" --out $out --seed $seed; }
+rank() { RANK=$1 LOCAL_RANK=$1 half "${@:2}"; }
+whole() {                        # as torchrun would, but no traceback of its own at Ctrl-C
+  [ $ranks = 2 ] || { half "$@"; return; }
+  export WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT
+  MASTER_PORT=$($py -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')
+  pair "rank 0 $*" "rank 1 $*"
+  unset WORLD_SIZE
+}
+judged() { half 06_reward.py --init $out/02_cot.pt
+           half 05_ppo.py --init $out/02_cot.pt --reward $out/06_reward.pt; }
+others() { half 03_dpo.py --init $out/02_cot.pt
+           half 04_rlvr.py --init $out/02_cot.pt; }
 
 run $py data/toy.py
-run $py 00_pretrain.py $at
-run $py 01_sft.py $at --init $out/00_pretrain.pt
-run $py 02_cot.py $at --init $out/01_sft.pt
+whole 00_pretrain.py
+whole 01_sft.py --init $out/00_pretrain.pt
+whole 02_cot.py --init $out/01_sft.pt
 if [ $ranks = 2 ]; then pair judged others; else judged; others; fi
-half .venv/bin/torchrun --standalone --nproc_per_node=$ranks eval.py
+whole eval.py
 run $py report.py $out
 echo "run.sh: $(( $(date +%s) - started )) seconds after install; chat with it: $py chat.py $out/04_rlvr.pt"

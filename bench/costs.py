@@ -137,17 +137,23 @@ def examples(found):
     return "\n".join(lines).strip()
 
 
+def renewed(text, script, parts):
+    """The text with what stands after each mark <!-- script: mark --> made anew, up to the next
+    <!-- end -->."""
+    for mark, part in parts.items():
+        before, begin, rest = text.partition(f"<!-- {script}: {mark} -->\n")
+        text = f"{before}{begin}{part}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    return text
+
+
 def document():
     """The text of docs/performance.md with its generated parts renewed."""
-    text = (ROOT / "docs/performance.md").read_text()
     recorded = {mark: ROOT / path for mark, path in (("speed", "results/speed/table.md"),
                                                      ("growth", "results/growth/growth.md"))}
     made = {mark: path.read_text().strip() if path.is_file() else
             f"Not recorded yet: `python bench/{mark}.py`." for mark, path in recorded.items()}
-    for mark, part in (made | {"examples": examples(machine())}).items():
-        before, begin, rest = text.partition(f"<!-- bench/costs.py: {mark} -->\n")
-        text = f"{before}{begin}{part}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
-    return text
+    return renewed((ROOT / "docs/performance.md").read_text(), "bench/costs.py",
+                   made | {"examples": examples(machine())})
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def main(args):
         elif cfg:
             tokens, memory, seconds = estimate(kind, cfg, model, gpus, peak)
             said = f"{tokens / 1e6:,.0f} M tokens, {memory / 1e9:.0f} GB a GPU"
-            said += " (more than it has: lower --micro_batch)" * (memory > room)
+            flag = "micro_tokens" if "micro_tokens" in cfg else "micro_batch"
+            said += f" (more than it has: lower --{flag})" * (memory > room)
         if kind == "00":
             said = f"{model['parameters'] / 1e6:.1f} M parameters, {said}"
         total += seconds

@@ -46,13 +46,12 @@ def training_pieces():
     for size, batch, window, n, cost in (("toy", 64, 128, 12, 12), ("small", 8, 256, 5, 20)):
         shape = " ".join(f"--{k} {v}" for k, v in SIZES[size][0].items())
         flags = f"{shape} --window {window} --batch_size {batch} --micro_batch {batch} {GPT2}"
-        kinds = [("", "", {}), ("-tanh", "", {"activation": "gelu_pytorch_tanh"})]
-        for kind, ours, other in kinds + [("-bf16", "--bf16 1", {"bf16": 1})] * (size == "small"):
-            made[f"pretrain-{size}{kind}"] = Piece(
-                size, f"pretraining step, {batch} x {window} tokens" + ", bf16" * (kind == "-bf16"),
-                batch * window, stage("00_pretrain.py", f"{flags} {ours}", n),
-                call("hf_pretrain", batch=batch, window=window, steps=n, **other),
-                "transformers' GPT-2" + ", gelu_pytorch_tanh" * (kind == "-tanh"), cost)
+        for bf16 in range(1 + (size == "small")):
+            made[f"pretrain-{size}" + "-bf16" * bf16] = Piece(
+                size, f"pretraining step, {batch} x {window} tokens" + ", bf16" * bf16,
+                batch * window, stage("00_pretrain.py", flags + " --bf16 1" * bf16, n),
+                call("hf_pretrain", batch=batch, window=window, steps=n, bf16=bf16),
+                "transformers' GPT-2", cost)
     ours = stage("00_pretrain.py", "--window 128 --batch_size 64 --micro_batch 64", 12)
     made["default-toy"] = Piece("toy", "00's default step (RoPE, QK-norm, Muon), 64 x 128 tokens",
                                 64 * 128, ours, ours, OLD, 12)
@@ -74,7 +73,7 @@ def rollout_pieces():
 
 def post_pieces():
     """01, 03 and 04 beside TRL's trainers, 05 beside itself at commit OLD."""
-    made, both = {}, "--batch_size 16 --micro_batch 16"
+    made, both = {}, "--batch_size 16 --micro_batch 16 --micro_tokens 100000"
     data = lambda kind: f"--train {kind}.jsonl --val {kind}_val.jsonl"
     for size, n, new, cost in (("toy", 10, 64, 10), ("small", 4, 32, 40)):
         made[f"sft-{size}"] = Piece(
@@ -86,7 +85,8 @@ def post_pieces():
             stage("03_dpo.py", f"{both} {data('pairs')}", n),
             call("trl", kind="dpo", batch=16, steps=n), "TRL's DPOTrainer", cost)
         n = 3 if size == "toy" else 1
-        flags = f"--max_new {new} --eval_rows 1 --minibatches 2 --micro_batch 64 {data('rl')}"
+        flags = f"--max_new {new} --eval_rows 1 --minibatches 2 {data('rl')}"
+        flags += " --micro_batch 64 --micro_tokens 100000"
         said = f"{new} new tokens each, two optimizer steps, micro-batch 64"
         made[f"grpo-{size}"] = Piece(
             size, f"GRPO step, 16 prompts x 8, {said}", 0,
@@ -99,16 +99,14 @@ def post_pieces():
     return made
 
 
-def with_allocator(pieces):
-    """And each SMALL piece once more, the peer with the allocator's settings that frame.py has:
-    big tensors keep their memory, so that the system need not clear it anew."""
+PIECES = training_pieces() | rollout_pieces() | post_pieces()
+
+
+def tuned(side):
+    """A peer's side with what ours has and it could have: GELU in one kernel, and an allocator that
+    keeps the memory of big tensors, so that the system need not clear it anew (frame.py)."""
     keep = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2000 << 20)}
-    return pieces | {f"{name}-malloc": p._replace(
-        other=p.other | {"env": keep}, against=f"{p.against}, malloc as ours")
-        for name, p in pieces.items() if p.size == "small" and "-tanh" not in name}
-
-
-PIECES = with_allocator(training_pieces() | rollout_pieces() | post_pieces())
+    return side | {"env": keep, "given": side["given"] | {"activation": "gelu_pytorch_tanh"}}
 
 
 # ---------------------------------------------------------------------------- data, our side
@@ -209,7 +207,7 @@ def gpt2(shape, vocab, activation="gelu_new", end=None):
     return model
 
 
-def hf_pretrain(work, shape, vocab, batch, window, steps, bf16=0, activation="gelu_new", **_):
+def hf_pretrain(work, shape, vocab, batch, window, steps, bf16=0, activation="gelu_new"):
     """A plain loop: forward, loss, backward, clipping, fused AdamW; the loss is read each step, as
     ours is for its log."""
     model = gpt2(shape, vocab, activation)
@@ -229,10 +227,10 @@ def hf_pretrain(work, shape, vocab, batch, window, steps, bf16=0, activation="ge
     return timed(steps, do)
 
 
-def hf_generate(work, shape, vocab, prompts, group, max_new, steps, **_):
+def hf_generate(work, shape, vocab, prompts, group, max_new, steps, activation="gelu_new"):
     """generate() with its dynamic cache, prompts padded on the left; sampled, temperature 1."""
     end, asked = vocab - 8, prompts_of(work, prompts)
-    model, longest = gpt2(shape, vocab, end=end).eval(), max(map(len, asked))
+    model, longest = gpt2(shape, vocab, activation, end).eval(), max(map(len, asked))
     ids = torch.tensor([[end] * (longest - len(p)) + p for p in asked])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in asked])
 
@@ -256,7 +254,7 @@ def tokenizer_for(vocab):
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=END, pad_token=END)
 
 
-def trl(kind, work, shape, vocab, batch, steps, pieces=1, **flags):
+def trl(kind, work, shape, vocab, batch, steps, pieces=1, activation="gelu_new", **flags):
     """A TRL trainer's own train(); seconds between the ends of its steps. `pieces`: optimizer
     steps to one of ours, which has a batch of rollouts."""
     import trl as library
@@ -276,7 +274,8 @@ def trl(kind, work, shape, vocab, batch, steps, pieces=1, **flags):
     path = {"sft": "sft", "dpo": "pairs", "grpo": "rl"}[kind]
     rows = [json.loads(line) for line in Path(work, f"{path}.jsonl").read_text().splitlines()]
     rows = [row | {"prompt": USER + row["prompt"] + ASSISTANT} for row in rows]
-    model, tok = gpt2(shape, vocab, end=vocab - 8 if kind == "grpo" else None), tokenizer_for(vocab)
+    model = gpt2(shape, vocab, activation, end=vocab - 8 if kind == "grpo" else None)
+    tok = tokenizer_for(vocab)
     more = {}
     if kind != "sft":                      # they load the reference from the policy's folder
         model.save_pretrained(f"{work}/hf")

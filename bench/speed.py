@@ -2,11 +2,11 @@
 
     pip install -r requirements-test.txt
     python bench/speed.py                                     # all pieces that have no record yet
-    python bench/speed.py --only pretrain,sft --size toy --rounds 5
+    python bench/speed.py --only pretrain,sft --size toy --rounds 5     # or --size toy,small
     python bench/speed.py --report                            # the table alone, from the records
 
 Pieces (--only takes beginnings of their names, with commas):
-    pretrain    00 in GPT-2's shape       transformers' GPT-2 (-tanh: with its GELU in one kernel)
+    pretrain    00 in GPT-2's shape       transformers' GPT-2
     default     00 as it comes            00 of commit 26820e8 of this project (or in --old DIR)
     rollouts    generate, 64 prompts      transformers' generate
     grouped     generate, 16 prompts x 8  transformers' generate
@@ -14,10 +14,11 @@ Pieces (--only takes beginnings of their names, with commas):
     ppo         05                        05 of commit 26820e8
 
 Ours is timed as the script runs: the script itself, from one line of its log to the next, with all
-that it does between them. Each side runs in a process of its own, in turns A B A B, --rounds times;
-its peak memory is the process's largest resident set. The first step warms up and is not counted,
-nor is the last, which evaluates. Every finished piece is a file in --out, written whole or not at
-all; what is there is skipped, unless --again. Quiet cores: nothing else may run meanwhile.
+that it does between them. Each side runs in a process of its own, in turns, --rounds times: ours,
+the peer as it comes, and the peer with our allocator's settings and GELU in one kernel. Its peak
+memory is the process's largest resident set. The first step warms up and is not counted, nor is the
+last, which evaluates. Every finished piece is a file in --out, written whole or not at all; what is
+there is skipped, unless --again. Quiet cores: nothing else may run meanwhile.
 """
 import io, json, os, platform, re, statistics, subprocess, sys, tarfile, tempfile, time
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from model import Parser, Progress, believing, cannot_write, check_ranges, fail  # noqa: E402
 from model import read_json, say, write_text  # noqa: E402
-from pieces import OLD, PIECES, SIZES, call  # noqa: E402
+from pieces import OLD, PIECES, SIZES, call, tuned  # noqa: E402
 import torch  # noqa: E402
 
 # ---------------------------------------------------------------------------- one side, once
@@ -119,20 +120,27 @@ def seconds(x):
 
 def row(record):
     """A line of the table."""
-    ours, other, ratio = compare(record["ours"], record["other"])
-    cells = []
-    for side in (ours, other):
+    def cell(side):
         rate = f", {record['tokens'] / side['median']:,.0f} tok/s" if record["tokens"] else ""
-        cells.append(f"{seconds(side['median'])} ({seconds(side['low'])}..{seconds(side['high'])})"
-                     + rate)
-    return [record["name"], record["what"], cells[0], f"{record['against']}: {cells[1]}",
-            f"**{ratio['ratio']:.2f}** ({ratio['low']:.2f}..{ratio['high']:.2f})",
-            f"{ours['peak_mb']:,} / {other['peak_mb']:,}"]
+        return (f"{seconds(side['median'])} ({seconds(side['low'])}..{seconds(side['high'])})"
+                + rate)
+    ours = summary(record["ours"])
+    cells, peaks = [cell(ours)], [ours["peak_mb"]]
+    for side in ("other", "tuned"):
+        if side not in record:
+            cells += ["", ""]
+            continue
+        _, other, ratio = compare(record["ours"], record[side])
+        cells += [f"{record['against']}: {cell(other)}" if side == "other" else cell(other),
+                  f"**{ratio['ratio']:.2f}** ({ratio['low']:.2f}..{ratio['high']:.2f})"]
+        peaks.append(other["peak_mb"])
+    return [record["name"], record["what"], *cells, " / ".join(f"{mb:,}" for mb in peaks)]
 
 
 NOTES = """Seconds a step: median (lowest..highest) over all counted steps of all rounds; the ratio
 says how many times as fast ours is: the median (lowest..highest) of the rounds. Peak: the
-largest resident set of the whole process, Python and its libraries in it, MB, ours / the other.
+largest resident set of the whole process, Python and its libraries in it, MB: ours / the other /
+the other tuned.
 
 - TOY: 4 layers, 4 heads, width 128, vocabulary 87. SMALL: 6 layers, 6 heads, width 384, vocabulary
   50,304. Context 256. fp32 but where bf16 is said; random weights and rows from fixed seeds.
@@ -142,12 +150,13 @@ largest resident set of the whole process, Python and its libraries in it, MB, o
 - Ours: the scripts, from one log line to the next: reading rows, padding, update, log. Rollouts:
   the engine alone, which also returns the log-prob of each token.
 - transformers: GPT2LMHeadModel with sdpa attention, no dropout, no KV cache in training, in a loop
-  without a trainer; `-tanh` replaces GPT-2's `gelu_new` by the same function in one kernel.
-  generate: dynamic cache, prompts padded on the left, num_return_sequences for groups.
+  without a trainer. generate: dynamic cache, prompts padded on the left, num_return_sequences for
+  groups.
 - TRL: its trainers as they come, but fp32, no gradient checkpointing (it saves memory and costs
   time), no saving, one log line a step as ours; GRPO with loss_type grpo, beta 0.02, plain k3; a
   reward function that returns 0 at once (ours parses every completion, and finds no answer).
-- `-malloc`: the peer with the allocator's settings that frame.py makes for ours, as environment.
+- tuned: the peer with what ours has: `gelu_pytorch_tanh`, GPT-2's GELU in one kernel, instead of
+  `gelu_new`, and the allocator's settings of frame.py, as environment.
 - Evaluations and saves are in neither side's steps.
 """
 
@@ -163,7 +172,7 @@ def report(out):
     if not found:
         fail(f"{out} has no records yet: run bench/speed.py without --report")
     machines = {json.dumps(r["machine"]): r["machine"] for r in found}
-    head = ["piece", "a step", "ours, s", "the other, s", "ratio", "peak MB"]
+    head = ["piece", "a step", "ours, s", "the other, s", "ratio", "tuned, s", "ratio", "peak MB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]
     lines += ["", NOTES] + [", ".join(f"{k} {v}" for k, v in m.items()) for m in machines.values()]
     table = "\n".join(["<!-- bench/speed.py wrote this -->", *lines, ""])
@@ -171,7 +180,10 @@ def report(out):
     whole = {}
     for r in found:
         ours, other, ratio = compare(r["ours"], r["other"])
-        whole[r["name"]] = r | {"ours": ours, "other": other, **ratio}
+        more = {}
+        if "tuned" in r:
+            _, more["tuned"], more["ratio_tuned"] = compare(r["ours"], r["tuned"])
+        whole[r["name"]] = r | {"ours": ours, "other": other, **ratio, **more}
     write_text(out / "speed.json", json.dumps(whole, indent=1) + "\n")
     say(table)
 
@@ -197,41 +209,60 @@ def machine():
 def measure(name, piece, trees, work, rounds, after):
     """One piece, in turns -> its record."""
     shape = dict(zip(("shape", "vocab"), SIZES[piece.size]))
-    sides = []
-    for side, tree in (piece.ours, "new"), (piece.other, "old" if piece.against == OLD else "new"):
+    old = piece.against == OLD
+    sides = {"ours": (piece.ours, "new"), "other": (piece.other, "old" if old else "new")}
+    if not old:
+        sides["tuned"] = tuned(piece.other), "new"
+    for which, (side, tree) in sides.items():
         if "given" in side:
             side = side | {"given": side["given"] | shape}
         folder = work / f"{piece.size}-{tree}"
         if not folder.is_dir():
             folder.mkdir()
             run(trees[tree], call("make", **shape), folder)
-        sides.append((trees[tree], side, folder))
-    loads, runs = [os.getloadavg()[0]], ([], [])
+        sides[which] = trees[tree], side, folder
+    loads, runs = [os.getloadavg()[0]], {which: [] for which in sides}
     for _ in range(rounds):
-        for mine, side in zip(runs, sides):
-            mine.append(run(*side))
+        for which, side in sides.items():
+            runs[which].append(run(*side))
             after(piece.cost, name)
         loads.append(os.getloadavg()[0])
     return {"name": name, "what": piece.what, "tokens": piece.tokens, "against": piece.against,
-            "ours": runs[0], "other": runs[1], "commands": [piece.ours, piece.other],
+            **runs, "commands": [piece.ours, piece.other],
             "load": [round(x, 2) for x in loads], "machine": machine()}
+
+
+def chosen(only, size):
+    """The pieces that --only and --size name. Every word must name one."""
+    sizes = size.split(",") if size else list(SIZES)
+    for word in sizes:
+        if word not in SIZES:
+            fail(f"--size {word}: there are {', '.join(SIZES)}")
+    pieces = {name: p for name, p in PIECES.items() if p.size in sizes}
+    words = only.split(",") if only else [""]
+    for word in words:
+        if not any(name.startswith(word) for name in pieces) or only and not word:
+            fail(f"--only {word or repr(word)}: no piece begins so among {', '.join(pieces)}")
+    return {name: p for name, p in pieces.items() if name.startswith(tuple(words))}
 
 
 def main(args):
     check_ranges({"rounds": args.rounds}, "speed")
-    out, starts = Path(args.out), tuple(args.only.split(","))
-    chosen = {name: p for name, p in PIECES.items()
-              if name.startswith(starts) and args.size in ("", p.size)}
-    if not chosen:
-        fail(f"--only {args.only} --size {args.size}: no such piece among {', '.join(PIECES)}")
+    out, pieces = Path(args.out), chosen(args.only, args.size)
     if not args.report:
-        machine()                                       # refuses before anything has run
+        now = machine()                                 # refuses before anything has run
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             cannot_write(out, e)
-        left = {n: p for n, p in chosen.items() if args.again or not (out / f"{n}.json").is_file()}
-        progress = Progress("speed", sum(2 * args.rounds * p.cost for p in left.values()))
+        left = {n: p for n, p in pieces.items() if args.again or not (out / f"{n}.json").is_file()}
+        for name in pieces.keys() - left.keys():
+            with believing(f"{out}/{name}.json is no record of a piece: make it with --again"):
+                at = read_json(out / f"{name}.json")["machine"].get("commit")
+            if at != now.get("commit"):
+                say(f"{name} is kept, of commit {at}: --again makes it anew")
+        costs = {name: p.cost * (2 + (p.against != OLD)) for name, p in left.items()}
+        progress = Progress("speed", args.rounds * sum(costs.values()))
 
         def after(cost, name):
             progress(progress.shown + cost, name, always=True)
@@ -249,7 +280,7 @@ def main(args):
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("--only", default="", help="pieces, by the beginning of their names")
-    parser.add_argument("--size", default="", choices=["", *SIZES])
+    parser.add_argument("--size", default="", help=f"of {', '.join(SIZES)}, with commas; else all")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side of a piece")
     parser.add_argument("--out", default=str(ROOT / "results/speed"), help="folder of the records")
     parser.add_argument("--old", default="", help=f"a folder with commit {OLD}; else from git")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import costs
 import shootout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,15 +83,8 @@ def siblings():
 
 def readme():
     """The README's text with its generated parts renewed."""
-    text = (ROOT / "README.md").read_text()
-    for mark, make in (("stages", tables), ("siblings", siblings)):
-        if f"<!-- bench/summary.py: {mark} -->" not in text:
-            continue
-        made = make()
-        head, _, rest = text.partition(f"<!-- bench/summary.py: {mark} -->\n")
-        tail = rest.split("<!-- end -->", 1)[1]
-        text = f"{head}<!-- bench/summary.py: {mark} -->\n{made}\n<!-- end -->{tail}"
-    return text
+    return costs.renewed((ROOT / "README.md").read_text(), "bench/summary.py",
+                         {"stages": tables(), "siblings": siblings()})
 
 
 if __name__ == "__main__":

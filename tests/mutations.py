@@ -529,6 +529,18 @@ put("gap-over-padding", "the mean gap a token counts prompts and padding", "mode
 put("narrow-head-in-rl", "the sampler's bf16 logits differ from the trainer's", "04_rlvr.py",
     "model.fp32_head = ref.fp32_head = True", "pass", "gap.py::test_head[04_rlvr]")
 
+put("micro-tokens-without-padding", "the bound is of real tokens, padding comes on top",
+    "model.py", "(held[j] - held[i]) * longest(row) for i in starts",
+    "sum(map(longest, rows[i:j])) for i in starts", "scale.py::test_pieces_by_length[64-90-1]")
+
+put("micro-tokens-of-one-side", "a pair's second completion is not counted", "model.py",
+    "held.append(held[-1] + len(parts(row)))", "held.append(held[-1] + 1)",
+    "scale.py::test_pieces_by_length[64-90-2]")
+
+put("more-forwards-on-one-rank", "ranks cut by their own lengths: FSDP2 waits for ever", "model.py",
+    'int(all_max(len(pieces))) if SWITCHES["fsdp"] else len(pieces)', "len(pieces)",
+    "scale.py::test_pieces_by_length_of_ranks[2]")
+
 put("rloo-kl-of-another-row", "micro-batches are sorted by length, the KL is used in the old order",
     "RL/rloo.py", "kl[numbers.argsort()]", "kl",
     "siblings.py::test_rloo_rewards")
@@ -847,8 +859,8 @@ put("fsdp-in-rl", "--fsdp is taken in RL, where sampling would gather the weight
     "scale.py::test_fsdp_in_rl[04_rlvr]")
 
 put("uneven-pieces", "ranks differ in their number of micro-batches: FSDP2 waits for ever",
-    "model.py", "n = min(-(-len(items) // (size * world)) * world, ",
-    "n = min(-(-len(items) // size), ", "scale.py::test_pieces_of_ranks")
+    "model.py", "return min(-(-n // world) * world, ", "return min(n, ",
+    "scale.py::test_pieces_of_ranks")
 
 put("checkpointing-dropped", "--checkpointing changes nothing", "model.py",
     "gpt.checkpointing = bool(SWITCHES[\"checkpointing\"])", "gpt.checkpointing = False",

@@ -33,13 +33,16 @@ def test_line_of_the_table():
     record = dict(name="x", what="a step", tokens=700, against="TRL", ours=OURS, other=OTHER)
     assert speed.row(record) == [
         "x", "a step", "3.50 (1.00..9.00), 200 tok/s", "TRL: 4.00 (2.00..7.00), 175 tok/s",
-        "**1.75** (0.50..3.00)", "310 / 500"]
+        "**1.75** (0.50..3.00)", "", "", "310 / 500"]
+    tuned = [{"seconds": [1.0], "peak_mb": 70}, {"seconds": [2.0], "peak_mb": 80}]
+    assert speed.row(record | {"tuned": tuned})[4:] == [
+        "**1.75** (0.50..3.00)", "1.50 (1.00..2.00), 467 tok/s", "**0.50** (0.50..0.50)",
+        "310 / 500 / 80"]
     assert "tok/s" not in speed.row(record | {"tokens": 0})[2]
 
 
 def test_sides_have_the_same_shapes():
-    """What one side is told in flags, the other in arguments; and every SMALL peer is measured
-    with our allocator's settings, too."""
+    """What one side is told in flags, the other in arguments."""
     for name, piece in pieces.PIECES.items():
         flags = piece.ours.get("flags", [])
         flags = dict(zip(flags[::2], flags[1::2]))
@@ -61,9 +64,25 @@ def test_sides_have_the_same_shapes():
             assert int(flags["--minibatches"]) == given["pieces"] == given["steps_per_generation"]
             rows = int(flags["--batch_size"]) * int(flags["--group_size"])
             assert rows == given["batch"] * given["pieces"]
-    small = {n for n, p in pieces.PIECES.items() if p.size == "small"
-             and not n.endswith(("-tanh", "-malloc"))}
-    assert len(small) == 6 and {f"{n}-malloc" for n in small} <= set(pieces.PIECES)
+
+
+def test_every_peer_is_measured_tuned_too(monkeypatch, tmp_path):
+    """With GELU in one kernel and our allocator's settings; ours of an older commit once."""
+    seen = []
+    monkeypatch.setattr(speed, "run", lambda tree, side, work: seen.append(side) or OURS[0])
+    monkeypatch.setattr(speed, "machine", dict)
+    for name, piece in pieces.PIECES.items():
+        seen.clear()
+        record = speed.measure(name, piece, {"new": 1, "old": 2}, tmp_path, 2, lambda *_: None)
+        sides = [side for side in seen if side.get("kind") != "make"]
+        if piece.against == pieces.OLD:
+            assert len(sides) == 4 and "tuned" not in record
+            continue
+        assert len(sides) == 6 and len(record["tuned"]) == 2
+        _, plain, tuned = sides[:3]
+        assert "env" not in plain and "activation" not in plain["given"]
+        assert int(tuned["env"]["MALLOC_MMAP_THRESHOLD_"]) >= 2 ** 30
+        assert tuned["given"] == plain["given"] | {"activation": "gelu_pytorch_tanh"}
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +121,18 @@ def test_records_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     def measure(name, piece, *_):
         made.append(name)
         return dict(name=name, what=piece.what, tokens=piece.tokens, against=piece.against,
-                    ours=OURS, other=OTHER, commands=[], machine={"cpu": "x"})
+                    ours=OURS, other=OTHER, commands=[], machine={"cpu": "x", "commit": "then"})
     monkeypatch.setattr(speed, "measure", measure)
     monkeypatch.setattr(speed, "machine", dict)
     flags = dict(only="sft,dpo", size="toy", rounds=1, out=str(tmp_path), old="", again=False,
                  report=False)
     speed.main(SimpleNamespace(**flags))
+    capsys.readouterr()
+    monkeypatch.setattr(speed, "machine", lambda: {"commit": "now"})
     speed.main(SimpleNamespace(**flags))
     assert made == ["sft-toy", "dpo-toy"]
+    said = capsys.readouterr().out
+    assert "sft-toy is kept, of commit then: --again" in said and "dpo-toy is kept" in said
     speed.main(SimpleNamespace(**flags | {"again": True, "only": "sft"}))
     assert made[2:] == ["sft-toy"]
     assert json.loads((tmp_path / "speed.json").read_text())["sft-toy"]["ratio"] == 1.75
@@ -117,7 +140,10 @@ def test_records_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, why", [
-    (dict(only="nope"), "no such piece"), (dict(rounds=0), "--rounds must lie in"),
+    (dict(only="nope"), "--only nope: no piece"), (dict(only="ppo,"), "--only '': no piece"),
+    (dict(only="ppo,sft-big"), "--only sft-big"), (dict(only="ppo", size="small"), "--only ppo"),
+    (dict(size="toy,huge"), "--size huge: there are toy, small"),
+    (dict(rounds=0), "--rounds must lie in"),
     (dict(old="nowhere"), "nowhere has no 05_ppo.py"), (dict(report=True), "no records yet"),
     (dict(out="a file"), "cannot write a file"),
     (dict(out="records", report=True), "ppo-toy.json is no record")])

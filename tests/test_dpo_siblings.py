@@ -336,7 +336,7 @@ def test_kto_baseline_in_a_run(stages, make, monkeypatch, tmp_path):
         assert asked[step] in (trained[2 * step], trained[2 * step + 1])
         assert trained[2 * step] == trained[2 * step + 1]
     val = seen[12:]
-    assert len(val) == 5 and len(set(val)) == 1 and 18 <= val[0]             # 9 pairs, two at a time
+    assert len(val) == 5 and len(set(val)) == 1 and 18 <= val[0]            # 9 pairs, two at a time
 
 
 # ---------------------------------------------------------------------------- KTO: its rows

@@ -356,7 +356,8 @@ def test_out_of_memory(error, make, tmp_path):
     _, cfg = make("01_sft", steps=4, save_every=1, micro_batch=8)
     done = short_of_memory(error, 2, ["01_sft.py", *flags(cfg)])
     assert done.returncode == 2, done.stderr
-    assert done.stderr == ("error: out of memory: lower --micro_batch, or use --checkpointing 1; "
+    assert done.stderr == ("error: out of memory: lower --micro_batch or --micro_tokens, or use "
+                           "--checkpointing 1; "
                            "what is on disk is intact\n")
     assert torch.load(f"{cfg.out}/01_sft.state.pt", weights_only=True)["step"] == 2
     if error == "cuda":
@@ -367,7 +368,7 @@ def test_out_of_memory(error, make, tmp_path):
 
 
 ADVICE = {"00_pretrain": "lower --micro_batch or --window, or use --checkpointing 1",
-          "04_rlvr": "lower --micro_batch or --max_new, or use --checkpointing 1"}
+          "04_rlvr": "lower --micro_batch or --micro_tokens or --max_new, or use --checkpointing 1"}
 
 
 @pytest.mark.parametrize("name", ADVICE)

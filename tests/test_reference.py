@@ -287,7 +287,8 @@ def test_kto_baseline():
         expected = R.kto_baseline(logprobs, ref, [[1] * len(row) for row in ref])
         assert (expected > 0) == (scales == (0.5, 0.9))
         for micro_batch in (1, 2, 5):
-            ours = s.baseline(SimpleNamespace(micro_batch=micro_batch, micro_tokens=999), *map(policy, scales),
+            cfg = SimpleNamespace(micro_batch=micro_batch, micro_tokens=999)
+            ours = s.baseline(cfg, *map(policy, scales),
                               s.mismatch(rows, 32, "here"), 0, 1, "cpu")
             assert ours == pytest.approx(expected, rel=1e-9)
 

@@ -288,22 +288,28 @@ def job(folder):
     return folder
 
 
+def end_of_run(job, sign, code, started):
+    """Start run.sh, wait until it has `started`, end it by this signal -> what it said; nothing of
+    it is left."""
+    run = start_python(["./run.sh"], job)
+    try:
+        until(started)
+        os.kill(run.pid, sign)
+        assert run.wait(20) == code
+        until(lambda: not in_session(run.pid), 20)
+    finally:
+        for pid in in_session(run.pid):
+            os.kill(pid, signal.SIGKILL)
+    return run.communicate()[1]
+
+
 def test_end_of_run_sh(job):
     """TERM: it ends its stage, which saves. kill -9: the stage sees it, saves and leaves; the same
     command goes on from there."""
     log, done = job / "out/01_sft.jsonl", 0
     for sign, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
-        run = start_python(["./run.sh"], job)
-        try:
-            until(lambda done=done: lines(log) > done + 5 and (
-                not done or f'"resumed_from": {done}' in log.read_text()))
-            os.kill(run.pid, sign)
-            assert run.wait(20) == code
-            until(lambda run=run: not in_session(run.pid), 20)
-        finally:
-            for pid in in_session(run.pid):
-                os.kill(pid, signal.SIGKILL)
-        out, err = run.communicate()
+        err = end_of_run(job, sign, code, lambda done=done: lines(log) > done + 5 and (
+            not done or f'"resumed_from": {done}' in log.read_text()))
         assert re.fullmatch(r"stopped after step \d+; the same command continues\n", err), err
         assert sound(log) == int(re.search(r"\d+", err)[0]) > done
         assert (job / "out/01_sft.state.pt").exists() and not (job / "out/01_sft.lock").exists()
@@ -319,17 +325,9 @@ def test_side_by_side(job):
     (job / "run.sh").write_text(head + two + "pair a b\n")
     logs, done = [job / f"out{x}/01_sft.jsonl" for x in "ab"], [0, 0]
     for sign, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
-        run = start_python(["./run.sh"], job)
-        try:
-            until(lambda done=done: all(lines(log) > n + 3 and (
-                not n or f'"resumed_from": {n}' in log.read_text()) for log, n in zip(logs, done)))
-            os.kill(run.pid, sign)
-            assert run.wait(20) == code
-            until(lambda run=run: not in_session(run.pid), 20)
-        finally:
-            for pid in in_session(run.pid):
-                os.kill(pid, signal.SIGKILL)
-        assert run.communicate()[1].count("the same command continues") == 2
+        err = end_of_run(job, sign, code, lambda done=done: all(lines(log) > n + 3 and (
+            not n or f'"resumed_from": {n}' in log.read_text()) for log, n in zip(logs, done)))
+        assert err.count("the same command continues") == 2
         done = [sound(log) for log in logs]
         assert all((job / f"out{x}/01_sft.state.pt").exists() for x in "ab")
     (job / "run.sh").write_text(head + "a() { run sh -c 'sleep 1; echo ok > a'; echo on > a2; }\n"
@@ -337,6 +335,23 @@ def test_side_by_side(job):
     run = start_python(["./run.sh"], job)
     assert run.wait(20) == 7 and (job / "a").exists() and (job / "a2").exists()
     assert not (job / "b").exists() and not (job / "c").exists()
+
+
+def test_two_ranks_of_run_sh(job):
+    """A stage on two ranks: TERM or kill -9 of run.sh ends both, one line says so, and the state is
+    one; the same command goes on from it. One core: one process."""
+    text = (ROOT / "run.sh").read_text()
+    whole = text[text.index("cores=$(getconf") : text.index("judged() {")]
+    head = (job / "run.sh").read_text().split("run $py")[0]
+    whole = whole.replace("$(getconf _NPROCESSORS_ONLN)", "2") + f"whole {ROOT}/{LONG}\n"
+    (job / "run.sh").write_text(head + "out=out\n" + whole.replace(" --out out ", " "))
+    log, done = job / "out/01_sft.jsonl", 0
+    for sign, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        err = end_of_run(job, sign, code, lambda done=done: lines(log) > done + 5 and (
+            not done or f'"resumed_from": {done}' in log.read_text()))
+        assert re.fullmatch(r"stopped after step \d+; the same command continues\n", err), err
+        done = sound(log)
+    assert json.loads(log.read_text().splitlines()[0])["device"].startswith("2 x cpu")
 
 
 @pytest.mark.skipif(not (ROOT / ".venv/installed-requirements.txt").exists(), reason="no .venv")

@@ -225,7 +225,8 @@ def test_kto(seed, kl):
         sides = [list(rng.integers(1, V, rng.integers(2, 7))) for _ in range(2)]
         rows += [(prompt + c, [0] * len(prompt) + [1] * len(c), i) for i, c in enumerate(sides)]
     mixed = s.mismatch(rows, 32, "here")
-    baseline = s.baseline(SimpleNamespace(micro_batch=3, micro_tokens=999), policy, ref, mixed, 0, 1, "cpu")
+    cfg = SimpleNamespace(micro_batch=3, micro_tokens=999)
+    baseline = s.baseline(cfg, policy, ref, mixed, 0, 1, "cpu")
     assert (baseline > 0) == (kl == "positive")
 
     KL_ids, KL_mask, _ = s.collate(mixed, "cpu")
