@@ -880,8 +880,8 @@ def by_length(rows, cfg, rank=0, world=1):
     cost, start = [0], [0]                  # of the first j rows; where the last of their pieces is
     for j, row in enumerate(rows, 1):
         held.append(held[-1] + len(parts(row)))
-        starts = range(max(0, j - cfg.micro_batch), j)
-        tokens = {i: (held[j] - held[i]) * longest(row) for i in starts}
+        width, starts = longest(row), range(max(0, j - cfg.micro_batch), j)
+        tokens = {i: (held[j] - held[i]) * width for i in starts}
         fits = [i for i, n in tokens.items() if n <= cfg.micro_tokens] or [j - 1]
         best = min(fits, key=lambda i: cost[i] + tokens[i])
         start.append(best)

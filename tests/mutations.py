@@ -530,7 +530,7 @@ put("narrow-head-in-rl", "the sampler's bf16 logits differ from the trainer's", 
     "model.fp32_head = ref.fp32_head = True", "pass", "gap.py::test_head[04_rlvr]")
 
 put("micro-tokens-without-padding", "the bound is of real tokens, padding comes on top",
-    "model.py", "(held[j] - held[i]) * longest(row) for i in starts",
+    "model.py", "(held[j] - held[i]) * width for i in starts",
     "sum(map(longest, rows[i:j])) for i in starts", "scale.py::test_pieces_by_length[64-90-1]")
 
 put("micro-tokens-of-one-side", "a pair's second completion is not counted", "model.py",
