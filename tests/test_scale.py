@@ -288,7 +288,7 @@ def test_dry_run_of_named_cards():
     two = dry_run("60m", "--gpu", "4090", "--gpus", "2")
     assert "--nproc_per_node=2" in two and figures(two)[1] < 0.7 * figures(ours)[1]
     assert "more than it has" not in ours
-    assert "more than it has: lower --micro_batch" in dry_run("406m", "--gpus", "1", "--gpu", "l4")
+    assert "more than it has: lower --micro_tokens" in dry_run("406m", "--gpus", "1", "--gpu", "l4")
 
 
 def test_run_sh_without_a_gpu(tmp_path):
