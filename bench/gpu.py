@@ -253,7 +253,8 @@ def steps_of_04(b, prompts, group, asked, new):
     """main of 04 on random weights and prompts, rewards 0 and 1 in turns -> Laps of a step."""
     rlvr, laps, judged = stage("04_rlvr"), Laps(b), itertools.count()
     cfg = rlvr.Config(steps=3, batch_size=prompts, group_size=group, max_new=new,
-                      micro_batch=b.size(32, 4), eval_every=10 ** 9, device=b.device)
+                      micro_batch=b.size(32, 4), micro_tokens=10 ** 9, eval_every=10 ** 9,
+                      device=b.device)
     rows = [(b.ids(asked).tolist(), "1") for _ in range(prompts)]
 
     def log(step, tokens, **metrics):
