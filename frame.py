@@ -7,8 +7,8 @@
 
 model.py hands all of it on: a script imports model.py alone.
 """
-import argparse, atexit, ctypes, errno, fcntl, hashlib, inspect, json, math, os, re, select, shutil
-import signal, sys, threading, time
+import argparse, atexit, ctypes, errno, fcntl, gc, hashlib, inspect, json, math, os, re, select
+import shutil, signal, sys, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 
@@ -89,6 +89,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.nn  # noqa: E402, F401   DDP loads it, and its defaults are the group then
 
 if sys.platform == "linux":           # big tensors keep their memory: no new page faults
     with suppress(OSError, AttributeError):                            # a libc without mallopt
@@ -380,7 +381,7 @@ def init_distributed(device):
     device = pick_device(device, local, world)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        atexit.register(dist.destroy_process_group)    # its threads must end before Python does
+        atexit.register(leave_group)
         all_sum(here=1)        # all are connected before one may leave with a line of its own
     interrupt.seen = 0.0
     interrupt.parent = os.getppid() if world > 1 or os.environ.get("SKIP_DONE") else 0
@@ -388,6 +389,14 @@ def init_distributed(device):
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, interrupt)
     return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def leave_group():
+    """A thread of gloo that lets go of the last collective's tensors while Python ends would abort
+    the process. The group ends its threads when nothing holds it: models in DDP are cycles."""
+    gc.collect()
+    dist.destroy_process_group()
+    time.sleep(0.05)           # a cache of FSDP2 still holds it: time for its threads to let go
 
 
 def pick_device(device, local=0, world=1):

@@ -1287,6 +1287,9 @@ put("no-memory-no-place", "memory ends while saving: choose another place", "fra
     "    if False:\n        fail(f\"out of memory while writing",
     "gpu_ready.py::test_no_room_to_write")
 
+put("gloo-threads-outlive-the-group", "a thread of gloo aborts the process at its end", "frame.py",
+    "    gc.collect()\n", "", "writers.py::test_threads_end_before_python")
+
 put("no-memory-traceback", "CUDA's out of memory ends in a traceback", "frame.py",
     "r\"(?i)MemoryError|OutOfMemory|bad_alloc|_ALLOC_FAILED|out of memory|\"",
     "r\"(?i)MemoryError|\"", "gpu_ready.py::test_words_for_no_memory[mps]")

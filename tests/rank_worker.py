@@ -52,9 +52,6 @@ def main(data, chain, real, out, *names):
                 made[name][f"sharded{sharded}"] = weights(f"{cfg.out}/{stem(name)}.pt")
     if rank == 0:
         torch.save(made, f"{out}/{world}.pt")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def halves(stage, cfg, sharded):
