@@ -45,7 +45,7 @@ class Config:
     weight_decay: float = 0.0   # of matrices, by AdamW and Muon; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
-    eval_every: int = 100       # steps between evaluations
+    eval_every: int = 150       # steps between evaluations
     save_every: int = 100       # steps between saves of an unfinished run
     seed: int = 0               # of weights, order and samples
     device: str = "auto"        # auto: cuda, then mps, then cpu

@@ -462,7 +462,7 @@ if __name__ == "__main__":
             ("n_second", 200, "of these asked again, as second turns"),
             ("n_beyond", 100, "of each kind in rl_long.jsonl"),
             ("n_sampled", 128, "questions sampled"), ("samples", 8, "of each"),
-            ("n_pairs", 250, "pairs of a kind"), ("max_new", 100, "tokens of an answer, at most"),
+            ("n_pairs", 160, "pairs of a kind"), ("max_new", 100, "tokens of an answer, at most"),
             ("window", 128, "tokens"), ("val_tokens", 2 ** 15, "of val.bin, at most"),
             ("seed", 0, "of the samples"), ("device", "auto", "cpu, cuda, mps")]:
         parser.add_argument(f"--{flag}", type=type(default), default=default,

@@ -537,7 +537,7 @@ def write(new):
         for name, other, traced in (("sft", 0.15, False), ("cot", 0.10, True)):
             new.rows(f"{name}_{split}.jsonl", demonstrations(
                 rng(f"{name} {split}"), split, count, pools[split], other, traced))
-    for split, count in (("train", 8000), ("val", 400), ("test", 2500)):
+    for split, count in (("train", 8000), ("val", 200), ("test", 2500)):
         new.rows(f"pairs_{split}.jsonl", pair_rows(rng(f"pairs {split}"), split, count))
     for split, each, single in (("train", 1500, 0), ("val", 100, 0), ("test", 1000, 400)):
         counts = {1: single} | {steps: each for steps in STEPS[1:]}

@@ -393,7 +393,7 @@ def test_nothing_simple_gives_the_chosen_away(rows):
 def test_shares(rows):
     assert {name: len(rows[name]) for name in rows if name != "chat_test"} == {
         "sft_train": 16000, "sft_val": 500, "cot_train": 16000, "cot_val": 500,
-        "pairs_train": 8000, "pairs_val": 400, "pairs_test": 2500,
+        "pairs_train": 8000, "pairs_val": 200, "pairs_test": 2500,
         "rl_train": 6000, "rl_val": 400, "rl_test": 4400, "rl_long": 720}
     for name, other in (("sft_train", 0.15), ("cot_train", 0.10)):
         alone = [row for row in rows[name] if row["kind"] != "dialogue"]
