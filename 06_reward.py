@@ -29,16 +29,16 @@ class Config:
     train: str = "pairs_train.jsonl"  # its file to learn from
     val: str = "pairs_val.jsonl"  # its file to evaluate on
     out: str = "out/toy"        # folder for the checkpoint and the log
-    steps: int = 80             # optimizer steps
+    steps: int = 100            # optimizer steps
     batch_size: int = 32        # pairs a step, over all ranks
     micro_batch: int = 64       # pairs a rank holds at once, at most
     micro_tokens: int = 1536    # tokens it holds at once, padding counted
-    lr: float = 1e-3            # AdamW's learning rate
+    lr: float = 2e-3            # AdamW's learning rate
     weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
-    eval_every: int = 80        # steps between evaluations
-    save_every: int = 40        # steps between saves of an unfinished run
+    eval_every: int = 100       # steps between evaluations
+    save_every: int = 50        # steps between saves of an unfinished run
     seed: int = 0               # of weights, order and samples
     device: str = "auto"        # auto: cuda, then mps, then cpu
 
