@@ -37,7 +37,7 @@ class Config:
     qk_norm: int = 1            # 1: RMSNorm on each head's q and k
     tied: int = 1               # 1: the head is the embedding
     window: int = 128           # tokens of text in a row
-    steps: int = 290            # optimizer steps
+    steps: int = 280            # optimizer steps
     batch_size: int = 64        # rows a step, over all ranks
     micro_batch: int = 64       # rows a rank holds at once
     lr: float = 4e-3            # AdamW: embeddings, norms, biases
