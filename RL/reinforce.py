@@ -32,7 +32,7 @@ class Config:
     train: str = "rl_train.jsonl"  # its file to learn from
     val: str = "rl_val.jsonl"   # its file to evaluate on
     out: str = "out/toy"        # folder for the checkpoint and the log
-    steps: int = 16             # batches of rollouts
+    steps: int = 12             # batches of rollouts
     batch_size: int = 32        # prompts a step, over all ranks
     group_size: int = 8         # completions of each prompt
     minibatches: int = 4        # optimizer steps a batch of rollouts
@@ -45,7 +45,7 @@ class Config:
     weight_decay: float = 0.0   # of matrices; vectors never decay
     warmup: int = 0             # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
-    eval_every: int = 8         # steps between evaluations
+    eval_every: int = 6         # steps between evaluations
     eval_rows: int = 200        # questions of an evaluation
     save_every: int = 5         # steps between saves of an unfinished run
     seed: int = 0               # of weights, order and samples
