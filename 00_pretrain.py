@@ -37,16 +37,16 @@ class Config:
     qk_norm: int = 1            # 1: RMSNorm on each head's q and k
     tied: int = 1               # 1: the head is the embedding
     window: int = 128           # tokens of text in a row
-    steps: int = 280            # optimizer steps
-    batch_size: int = 64        # rows a step, over all ranks
+    steps: int = 450            # optimizer steps
+    batch_size: int = 32        # rows a step, over all ranks
     micro_batch: int = 64       # rows a rank holds at once
     lr: float = 4e-3            # AdamW: embeddings, norms, biases
     muon_lr: float = 0.03       # Muon: the blocks' matrices; 0 gives them to AdamW
     weight_decay: float = 0.0   # of matrices, by AdamW and Muon; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
-    eval_every: int = 150       # steps between evaluations
-    save_every: int = 100       # steps between saves of an unfinished run
+    eval_every: int = 225       # steps between evaluations
+    save_every: int = 150       # steps between saves of an unfinished run
     seed: int = 0               # of weights, order and samples
     device: str = "auto"        # auto: cuda, then mps, then cpu
 

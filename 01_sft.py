@@ -27,7 +27,7 @@ class Config:
     train: str = "sft_train.jsonl"  # its file to learn from
     val: str = "sft_val.jsonl"  # its file to evaluate on
     out: str = "out/toy"        # folder for the checkpoint and the log
-    steps: int = 460            # optimizer steps
+    steps: int = 470            # optimizer steps
     batch_size: int = 64        # rows a step, over all ranks
     micro_batch: int = 64       # rows a rank holds at once, at most
     micro_tokens: int = 1536    # tokens it holds at once, padding counted

@@ -27,8 +27,8 @@ class Config:
     train: str = "cot_train.jsonl"  # its file to learn from
     val: str = "cot_val.jsonl"  # its file to evaluate on
     out: str = "out/toy"        # folder for the checkpoint and the log
-    steps: int = 300            # optimizer steps
-    batch_size: int = 64        # rows a step, over all ranks
+    steps: int = 420            # optimizer steps
+    batch_size: int = 32        # rows a step, over all ranks
     micro_batch: int = 64       # rows a rank holds at once, at most
     micro_tokens: int = 1536    # tokens it holds at once, padding counted
     lr: float = 2e-3            # AdamW: embeddings, norms, biases
@@ -36,7 +36,7 @@ class Config:
     weight_decay: float = 0.0   # of matrices, by AdamW and Muon; vectors never decay
     warmup: int = 10            # steps until the full rate
     grad_clip: float = 1.0      # the gradient's norm, at most; 0: off
-    eval_every: int = 100       # steps between evaluations
+    eval_every: int = 140       # steps between evaluations
     save_every: int = 100       # steps between saves of an unfinished run
     seed: int = 0               # of weights, order and samples
     device: str = "auto"        # auto: cuda, then mps, then cpu
