@@ -11,7 +11,7 @@ to say at once, easy to write down line by line. That gap is what the later stag
 
     train.bin, val.bin    raw text: bare facts (12+5=17), short stories, plain sentences
     sft_*.jsonl           questions with direct answers, and a few other kinds of instruction
-    cot_*.jsonl           the same with a trace; 4 in 10 careful (one operation a line), the rest hasty
+    cot_*.jsonl           the same with a trace; 42.5 % careful (one operation a line), else hasty
     pairs_*.jsonl         a right, concise trace and one that a reader would like less
     rl_*.jsonl            questions with their answers, nothing else
     rl_long.jsonl         questions beyond these: 6 to 8 operations, starts of 31 to 60, new wording
