@@ -11,7 +11,7 @@ to say at once, easy to write down line by line. That gap is what the later stag
 
     train.bin, val.bin    raw text: bare facts (12+5=17), short stories, plain sentences
     sft_*.jsonl           questions with direct answers, and a few other kinds of instruction
-    cot_*.jsonl           the same with a trace; 42.5 % careful (one operation a line), else hasty
+    cot_*.jsonl           the same with a trace; 40 % careful (one operation a line), 60 % hasty
     pairs_*.jsonl         a right, concise trace and one that a reader would like less
     rl_*.jsonl            questions with their answers, nothing else
     rl_long.jsonl         questions beyond these: 6 to 8 operations, starts of 31 to 60, new wording
@@ -45,7 +45,7 @@ MAX_START = 30  # a problem starts at 1..30
 MAX_VALUE = 80  # and every value on its way is 1..80
 STEPS = (1, 2, 3, 4, 5)
 SCALE_SHARE = 0.35  # how often an operation doubles or halves, where it can
-HASTY_SHARE = 0.575  # of the demonstrations with traces
+HASTY_SHARE = 0.6  # of the demonstrations with traces
 AT_ONCE = 3  # operations that a hasty line does, at most
 DIALOGUE_SHARE = 0.12  # of the demonstrations
 VAL_SHARE, TEST_SHARE = 0.05, 0.18

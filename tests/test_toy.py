@@ -407,7 +407,7 @@ def test_shares(rows):
         assert {row["kind"] for row in rows[name]} == {row["kind"] for row in rows["chat_test"]} | {
             "math", "dialogue"}
     math = [row for row in rows["cot_train"] if row["kind"] == "math"]
-    assert abs(np.mean([row["manner"] == "hasty" for row in math]) - 0.575) < 0.02
+    assert abs(np.mean([row["manner"] == "hasty" for row in math]) - 0.6) < 0.02
     for name in ("pairs_train", "pairs_val", "pairs_test"):
         count = collections.Counter(row["kind"] for row in rows[name])
         assert [count[kind] * 5 for kind in ("hasty", "skip", "wrong")] == [len(rows[name])] * 3
