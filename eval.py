@@ -459,7 +459,7 @@ if __name__ == "__main__":
     for flag, default, text in [
             ("out", "out/toy", "where results go"), ("data", "out/data/toy", "test files"),
             ("n_greedy", 160, "questions a step count"), ("n_primed", 50, "the same with a primer"),
-            ("n_second", 120, "of these asked again, as second turns"),
+            ("n_second", 200, "of these asked again, as second turns"),
             ("n_beyond", 80, "of each kind in rl_long.jsonl"),
             ("n_sampled", 128, "questions sampled"), ("samples", 8, "of each"),
             ("n_pairs", 160, "pairs of a kind"), ("max_new", 100, "tokens of an answer, at most"),
