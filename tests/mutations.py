@@ -827,7 +827,7 @@ put("wrapper-bypassed", "the training forward calls the raw module: replicas dri
 
 put("no-sync-inverted", "gradients of the last micro-batch are not reduced", "03_dpo.py",
     "with nullcontext() if last or world == 1", "with nullcontext() if not last or world == 1",
-    "ranks.py::test_weights[03_dpo-2]")
+    "ranks.py::test_weights[03_dpo-4]")
 
 put("counts-of-one-rank", "each rank divides by its own count: a mean of means over ranks",
     "frame.py", "    dist.all_reduce(t)\n", "    t = t * dist.get_world_size()\n",
