@@ -2,7 +2,7 @@
 
     python bench/summary.py         # a test compares the README with what this would write
 """
-import sys
+import re, sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -48,7 +48,15 @@ def tables():
     for stage, label in (("03_dpo", "03, implicit reward"), ("06_reward", "06, reward model")):
         cells = [cell(runs, stage, f"prefers, {kind}") for kind in KINDS]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines += ["", f"`./run.sh` took {seconds()} seconds after install, data to plots."]
     return "\n".join(lines)
+
+
+def seconds():
+    """What run.sh's last line says, over the recorded seeds."""
+    said = [re.search(r"run\.sh: (\d+) seconds", (path / "table.txt").read_text())
+            for path in RECORDS.glob("toy-seed*")]
+    return shootout.spread([int(found[1]) for found in said if found], 1, 0)
 
 
 def siblings():
