@@ -94,8 +94,9 @@ def post_pieces():
             call("trl", kind="grpo", batch=64, steps=n, max_completion_length=new, **GRPO),
             "TRL's GRPOTrainer", 3 * cost)
         if size == "toy":
-            ppo = stage("05_ppo.py", f"--batch_size 128 {flags}", n)
-            made["ppo-toy"] = Piece(size, f"PPO step, 128 prompts, {said}", 0, ppo, ppo, OLD, 15)
+            ppo, old = (stage("05_ppo.py", f"--batch_size 128 {f}", n) for f in (
+                flags, flags.removesuffix(" --micro_tokens 100000")))       # which OLD has not
+            made["ppo-toy"] = Piece(size, f"PPO step, 128 prompts, {said}", 0, ppo, old, OLD, 15)
     return made
 
 
